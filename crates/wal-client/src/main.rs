@@ -1,0 +1,2 @@
+//! `pgsidecar-wal`.
+fn main() {}
