@@ -1,12 +1,34 @@
 //! The pure part of pgsidecar: PostgreSQL's names and formats, the repository's layout, and the plans made
 //! from them. No I/O, no clock, no runtime: the dependency list proves it.
 
+mod archive_file;
+pub mod backup;
+pub mod backup_label;
+pub mod backup_manifest;
 mod content;
+mod control_file;
+pub mod data_directory;
+mod history;
 mod id;
 mod key;
+pub mod layout;
+mod le;
 mod lsn;
+pub mod plan;
+pub mod recovery;
+pub mod settings;
+mod wal;
+mod wal_header;
 
+pub use archive_file::{ArchiveFileName, ParseArchiveFileNameError};
+pub use backup::{BackupId, BackupKind, BackupRecord};
 pub use content::{ContentId, Sha256Digest};
+pub use control_file::{ClusterState, ControlFile, ControlFileError};
+pub use history::{HistoryError, TimelineHistory, TimelineSpan};
 pub use id::{ParseIdError, SystemIdentifier, TimelineId};
 pub use key::{InvalidKey, ObjectKey};
+pub use layout::Layout;
 pub use lsn::{Lsn, ParseLsnError};
+pub use settings::ClusterName;
+pub use wal::{SegmentName, WalSegmentSize};
+pub use wal_header::{SegmentMismatch, WalHeader, WalHeaderError, check_segment};

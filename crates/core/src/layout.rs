@@ -1,0 +1,343 @@
+//! Where things lie in the repository: the one place that turns names into keys and keys into names.
+//!
+//! ```text
+//! <cluster>/<system-identifier>/
+//!   cluster.json                        what the segments are like; written with the first WAL
+//!   wal/<timeline>/owner.json           which workload archives this timeline
+//!   wal/<timeline>/<timeline><log>/<segment>.zst
+//!   wal/<timeline>/<timeline><log>/<segment>.<offset>.backup.zst
+//!   wal/<timeline>/<timeline><log>/<segment>.partial.<hash>.zst
+//!   wal/<timeline>/<timeline>.history.zst
+//!   backups/<id>/started.json           the claim of the id, written first
+//!   backups/<id>/part-00001.tar.zst
+//!   backups/<id>/index.jsonl.zst, backup_manifest.zst
+//!   backups/<id>/backup.json            the commit marker, written last
+//! ```
+
+use crate::{
+    ArchiveFileName, BackupId, ClusterName, ObjectKey, SegmentName, Sha256Digest, SystemIdentifier, TimelineId,
+};
+
+/// How many hexadecimal digits of the content's hash the key of a `.partial` carries.
+const PARTIAL_HASH_DIGITS: usize = 16;
+
+/// The keys of one database system under one cluster name.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Layout {
+    cluster: ClusterName,
+    system: SystemIdentifier,
+}
+
+/// What an object is, by its key.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum RepositoryObject {
+    /// `cluster.json`.
+    Cluster,
+    /// `owner.json` of a timeline.
+    TimelineOwner(TimelineId),
+    /// A WAL segment, timeline history or backup history file.
+    Wal(ArchiveFileName),
+    /// A `.partial` segment with the first digits of its content's hash.
+    PartialWal(SegmentName, String),
+    /// An object of a base backup.
+    Backup(BackupId, BackupObject),
+}
+
+/// The objects of a base backup.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackupObject {
+    /// `started.json`: the claim of the backup's id.
+    Started,
+    /// `backup.json`: the commit marker.
+    Record,
+    /// PostgreSQL's manifest.
+    Manifest,
+    /// Where each file lies.
+    Index,
+    /// A tar archive, by its number from 1 on.
+    Part(u32),
+}
+
+/// Keys are made of parts that are valid in keys: names in hexadecimal, ids, fixed words.
+fn key(text: String) -> ObjectKey {
+    match text.parse() {
+        Ok(key) => key,
+        Err(error) => unreachable!("every component is valid by its type: {error}"),
+    }
+}
+
+impl Layout {
+    /// The layout of this database system under this cluster name.
+    pub fn new(cluster: ClusterName, system: SystemIdentifier) -> Layout {
+        Layout { cluster, system }
+    }
+
+    /// The cluster name.
+    pub fn cluster(&self) -> &ClusterName {
+        &self.cluster
+    }
+
+    /// The database system.
+    pub fn system(&self) -> SystemIdentifier {
+        self.system
+    }
+
+    /// What the keys of every database system of this cluster begin with.
+    pub fn cluster_prefix(cluster: &ClusterName) -> String {
+        format!("{cluster}/")
+    }
+
+    /// The database system whose keys begin with this prefix of a shallow listing of
+    /// [`Layout::cluster_prefix`].
+    pub fn system_of_prefix(cluster: &ClusterName, prefix: &str) -> Option<SystemIdentifier> {
+        prefix.strip_prefix(&Layout::cluster_prefix(cluster))?.strip_suffix('/')?.parse().ok()
+    }
+
+    /// What every key of this database system begins with.
+    pub fn prefix(&self) -> String {
+        format!("{}/{}/", self.cluster, self.system)
+    }
+
+    /// The key of an object.
+    pub fn key(&self, object: &RepositoryObject) -> ObjectKey {
+        let path = match object {
+            RepositoryObject::Cluster => "cluster.json".to_owned(),
+            RepositoryObject::TimelineOwner(timeline) => format!("wal/{}/owner.json", timeline.to_hex()),
+            RepositoryObject::Wal(name @ ArchiveFileName::History(timeline)) => {
+                format!("wal/{}/{name}.zst", timeline.to_hex())
+            }
+            RepositoryObject::Wal(name) => format!("{}{name}.zst", wal_directory(name)),
+            RepositoryObject::PartialWal(segment, hash) => {
+                let name = ArchiveFileName::Partial(*segment);
+                format!("{}{name}.{hash}.zst", wal_directory(&name))
+            }
+            RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
+        };
+        key(self.prefix() + &path)
+    }
+
+    /// The key of a WAL file that isn't a `.partial`; [`Layout::partial`] is for those.
+    pub fn wal(&self, name: &ArchiveFileName) -> ObjectKey {
+        self.key(&RepositoryObject::Wal(*name))
+    }
+
+    /// The key of a `.partial` segment. Two standbys that are promoted may archive different ones under one
+    /// name; both are kept.
+    pub fn partial(&self, segment: SegmentName, content: &Sha256Digest) -> ObjectKey {
+        let hash = content.to_string().chars().take(PARTIAL_HASH_DIGITS).collect();
+        self.key(&RepositoryObject::PartialWal(segment, hash))
+    }
+
+    /// What the keys of all `.partial` files of this segment begin with.
+    pub fn partial_prefix(&self, segment: SegmentName) -> String {
+        let name = ArchiveFileName::Partial(segment);
+        format!("{}{}{name}.", self.prefix(), wal_directory(&name))
+    }
+
+    /// The key of an object of a base backup.
+    pub fn backup(&self, id: BackupId, object: BackupObject) -> ObjectKey {
+        self.key(&RepositoryObject::Backup(id, object))
+    }
+
+    /// What the keys of all WAL begin with.
+    pub fn wal_prefix(&self) -> String {
+        format!("{}wal/", self.prefix())
+    }
+
+    /// What the keys of a timeline's WAL begin with.
+    pub fn timeline_prefix(&self, timeline: TimelineId) -> String {
+        format!("{}{}/", self.wal_prefix(), timeline.to_hex())
+    }
+
+    /// The timeline whose keys begin with this prefix of a shallow listing of [`Layout::wal_prefix`].
+    pub fn timeline_of_prefix(&self, prefix: &str) -> Option<TimelineId> {
+        TimelineId::from_hex(prefix.strip_prefix(&self.wal_prefix())?.strip_suffix('/')?)
+    }
+
+    /// What the keys of all base backups begin with.
+    pub fn backups_prefix(&self) -> String {
+        format!("{}backups/", self.prefix())
+    }
+
+    /// What the keys of one base backup begin with.
+    pub fn backup_prefix(&self, id: BackupId) -> String {
+        format!("{}{id}/", self.backups_prefix())
+    }
+
+    /// The backup whose keys begin with this prefix of a shallow listing of [`Layout::backups_prefix`].
+    pub fn backup_of_prefix(&self, prefix: &str) -> Option<BackupId> {
+        prefix.strip_prefix(&self.backups_prefix())?.strip_suffix('/')?.parse().ok()
+    }
+
+    /// What this key names; `None` for whatever isn't ours.
+    pub fn parse(&self, key: &ObjectKey) -> Option<RepositoryObject> {
+        let path = key.as_str().strip_prefix(&self.prefix())?;
+        let object = parse_path(path)?;
+        // One key for one object: a segment in another timeline's directory isn't what it seems.
+        (self.key(&object) == *key).then_some(object)
+    }
+}
+
+/// `wal/<timeline>/<timeline><log>/`, with the slash.
+fn wal_directory(name: &ArchiveFileName) -> String {
+    let timeline = name.timeline().to_hex();
+    match name {
+        ArchiveFileName::Segment(segment)
+        | ArchiveFileName::Partial(segment)
+        | ArchiveFileName::BackupHistory { segment, .. } => format!("wal/{timeline}/{}/", segment.log_hex()),
+        ArchiveFileName::History(_) => format!("wal/{timeline}/"),
+    }
+}
+
+fn parse_path(path: &str) -> Option<RepositoryObject> {
+    let components: Vec<&str> = path.split('/').collect();
+    match components.as_slice() {
+        ["cluster.json"] => Some(RepositoryObject::Cluster),
+        ["wal", timeline, "owner.json"] => TimelineId::from_hex(timeline).map(RepositoryObject::TimelineOwner),
+        ["wal", _, file] | ["wal", _, _, file] => parse_wal(file.strip_suffix(".zst")?),
+        ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
+        _ => None,
+    }
+}
+
+fn parse_wal(name: &str) -> Option<RepositoryObject> {
+    if let Some((segment, hash)) = name.split_once(".partial.") {
+        let lower_hex = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+        let ours = hash.len() == PARTIAL_HASH_DIGITS && hash.bytes().all(lower_hex);
+        return ours.then(|| Some(RepositoryObject::PartialWal(segment.parse().ok()?, hash.to_owned()))).flatten();
+    }
+    match name.parse().ok()? {
+        ArchiveFileName::Partial(_) => None,
+        name => Some(RepositoryObject::Wal(name)),
+    }
+}
+
+impl BackupObject {
+    fn file_name(self) -> String {
+        match self {
+            BackupObject::Started => "started.json".to_owned(),
+            BackupObject::Record => "backup.json".to_owned(),
+            BackupObject::Manifest => "backup_manifest.zst".to_owned(),
+            BackupObject::Index => "index.jsonl.zst".to_owned(),
+            BackupObject::Part(number) => format!("part-{number:05}.tar.zst"),
+        }
+    }
+
+    fn parse(file: &str) -> Option<BackupObject> {
+        match file {
+            "started.json" => Some(BackupObject::Started),
+            "backup.json" => Some(BackupObject::Record),
+            "backup_manifest.zst" => Some(BackupObject::Manifest),
+            "index.jsonl.zst" => Some(BackupObject::Index),
+            _ => {
+                let digits = file.strip_prefix("part-")?.strip_suffix(".tar.zst")?;
+                let number = digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok()).flatten()?;
+                (number > 0).then_some(BackupObject::Part(number))
+            }
+        }
+    }
+}
+
+impl RepositoryObject {
+    /// The WAL segment that this object is, if it is one (a whole one, not a `.partial`).
+    pub fn segment(&self) -> Option<SegmentName> {
+        match self {
+            RepositoryObject::Wal(ArchiveFileName::Segment(segment)) => Some(*segment),
+            _ => None,
+        }
+    }
+}
+
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn layout() -> Layout {
+        Layout::new("shop/orders".parse().unwrap(), SystemIdentifier::new(7575002186531184001))
+    }
+
+    fn parse(path: &str) -> Option<RepositoryObject> {
+        layout().parse(&format!("shop/orders/7575002186531184001/{path}").parse().unwrap())
+    }
+
+    #[test]
+    fn every_object_has_one_key_and_every_key_one_object() {
+        let segment: SegmentName = "0000000A0000000300000042".parse().unwrap();
+        let id: BackupId = "20261121T061500Z-full".parse().unwrap();
+        let objects = [
+            (RepositoryObject::Cluster, "cluster.json"),
+            (RepositoryObject::TimelineOwner(segment.timeline()), "wal/0000000A/owner.json"),
+            (
+                RepositoryObject::Wal(ArchiveFileName::Segment(segment)),
+                "wal/0000000A/0000000A00000003/0000000A0000000300000042.zst",
+            ),
+            (
+                RepositoryObject::Wal(ArchiveFileName::BackupHistory { segment, offset: 0x28 }),
+                "wal/0000000A/0000000A00000003/0000000A0000000300000042.00000028.backup.zst",
+            ),
+            (
+                RepositoryObject::PartialWal(segment, "0123456789abcdef".into()),
+                "wal/0000000A/0000000A00000003/0000000A0000000300000042.partial.0123456789abcdef.zst",
+            ),
+            (
+                RepositoryObject::Wal(ArchiveFileName::History(segment.timeline())),
+                "wal/0000000A/0000000A.history.zst",
+            ),
+            (RepositoryObject::Backup(id, BackupObject::Started), "backups/20261121T061500Z-full/started.json"),
+            (RepositoryObject::Backup(id, BackupObject::Record), "backups/20261121T061500Z-full/backup.json"),
+            (RepositoryObject::Backup(id, BackupObject::Manifest), "backups/20261121T061500Z-full/backup_manifest.zst"),
+            (RepositoryObject::Backup(id, BackupObject::Index), "backups/20261121T061500Z-full/index.jsonl.zst"),
+            (RepositoryObject::Backup(id, BackupObject::Part(7)), "backups/20261121T061500Z-full/part-00007.tar.zst"),
+        ];
+        for (object, path) in objects {
+            assert_eq!(layout().key(&object).as_str(), format!("shop/orders/7575002186531184001/{path}"));
+            assert_eq!(parse(path), Some(object));
+        }
+    }
+
+    #[test]
+    fn what_is_not_exactly_ours_is_nobody_s() {
+        for path in [
+            "notes.txt",
+            "wal/00000001/0000000100000000/000000010000000000000001",
+            "wal/00000001/000000010000000000000001.zst",
+            "wal/00000002/0000000100000000/000000010000000000000001.zst",
+            "wal/00000001/0000000100000001/000000010000000000000001.zst",
+            "wal/00000001/0000000100000000/000000010000000000000001.partial.zst",
+            "wal/00000001/0000000100000000/000000010000000000000001.partial.0123456789ABCDEF.zst",
+            "backups/20261121T061500Z-full/part-0.tar.zst",
+            "backups/20261121T061500Z-full/part-00000.tar.zst",
+            "backups/20261121T061500Z-full/part-1.tar.zst",
+            "backups/latest/backup.json",
+        ] {
+            assert_eq!(parse(path), None, "{path}");
+        }
+        assert_eq!(layout().parse(&"shop/orders/1/cluster.json".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn prefixes_of_shallow_listings_are_read_back() {
+        let layout = layout();
+        let timeline = TimelineId::new(16).unwrap();
+        assert_eq!(layout.timeline_of_prefix(&layout.timeline_prefix(timeline)), Some(timeline));
+        let id: BackupId = "20261121T061500Z-full".parse().unwrap();
+        assert_eq!(layout.backup_of_prefix(&layout.backup_prefix(id)), Some(id));
+        assert_eq!(Layout::system_of_prefix(layout.cluster(), &layout.prefix()), Some(layout.system()));
+    }
+
+    proptest! {
+        #[test]
+        fn segments_of_a_timeline_are_listed_in_the_order_of_their_lsn(
+            timeline in 1..u32::MAX, a in 0..1u64 << 40, b in 0..1u64 << 40,
+        ) {
+            let timeline = TimelineId::new(timeline).unwrap();
+            let key = |number| {
+                let segment = SegmentName::from_number(timeline, number, crate::WalSegmentSize::DEFAULT);
+                layout().wal(&ArchiveFileName::Segment(segment))
+            };
+            prop_assert_eq!(key(a).cmp(&key(b)), a.cmp(&b));
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! `restore_command`: fetches one file of the archive from the daemon.
+//!
+//! To PostgreSQL, 1 to 125 means 'there is no such file': it ends recovery there and may promote. Above 125 it stops
+//! (`RestoreArchivedFile` in xlogarchive.c). So 1 is said only when the daemon has answered, completely, that
+//! the store doesn't have the file, and 126 for everything else. An outage is waited for first.
+//!
+//! On a standby it is the other way round: 126 would end a server that streams happily, and 1 is harmless there, for it
+//! asks again every few seconds. Where `standby.signal` exists, 'can't tell' is said as 1, and at once,
+//! so that the standby can go on to its primary.
+//!
+//! The file appears under its name only when it is whole. It isn't synced: PostgreSQL syncs what it keeps of it
+//! and, after a crash, asks the archive again.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Write},
+    net::SocketAddr,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    World,
+    args::RestoreRequest,
+    http::{CONNECT_TIMEOUT, Client, Response},
+    json::ErrorBody,
+    problem::Problem,
+};
+
+/// The store has said that it doesn't have the file.
+const EXIT_NOT_IN_ARCHIVE: u8 = 1;
+/// Above 125, and PostgreSQL stops instead of taking it for the end of the archive. Its log calls this number 'command
+/// not executable', as a shell would; the line before it says what it was. Codes from 129 on can mean signals.
+const EXIT_CANNOT_TELL: u8 = 126;
+/// The daemon's word for a definite 'not there'. A 404 without it may be anybody's.
+const NOT_IN_ARCHIVE: &str = "not_in_archive";
+
+const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// How long the daemon may say nothing while it fetches from the store.
+const SILENCE: Duration = Duration::from_secs(60);
+/// The same on a standby, which could be streaming instead.
+const SILENCE_ON_STANDBY: Duration = Duration::from_secs(10);
+const BUFFER_BYTES: usize = 256 * 1024;
+
+/// What the daemon has answered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Answer {
+    Found,
+    NotInArchive,
+}
+
+/// Restores the file and returns the exit code: 0 found, 1 not in the archive, otherwise [`cannot_tell`].
+pub fn restore(request: &RestoreRequest, address: SocketAddr, timeout: Duration, world: &mut World<'_>) -> u8 {
+    match fetch_through_outages(request, address, timeout, world) {
+        Ok(Answer::Found) => 0,
+        Ok(Answer::NotInArchive) => EXIT_NOT_IN_ARCHIVE,
+        Err(problem) => {
+            problem.report(&format!("restore {}", request.file), "", world);
+            cannot_tell(world.cwd)
+        }
+    }
+}
+
+/// The exit code for 'can't tell' in this data directory.
+pub fn cannot_tell(cwd: &Path) -> u8 {
+    if is_standby(cwd) { EXIT_NOT_IN_ARCHIVE } else { EXIT_CANNOT_TELL }
+}
+
+/// Whether the server would ask again. If in doubt not: a server that stops loses no data.
+fn is_standby(cwd: &Path) -> bool {
+    cwd.join("standby.signal").exists()
+}
+
+/// Tries until the deadline. The log gets a line when the waiting begins and one when it ends.
+fn fetch_through_outages(
+    request: &RestoreRequest,
+    address: SocketAddr,
+    timeout: Duration,
+    world: &mut World<'_>,
+) -> Result<Answer, Problem> {
+    let started = Instant::now();
+    let deadline = started + timeout;
+    let standby = is_standby(world.cwd);
+    let silence = if standby { SILENCE_ON_STANDBY } else { SILENCE };
+    let client = Client { address, deadline, silence, connect_timeout: CONNECT_TIMEOUT };
+    let target = world.cwd.join(&request.to);
+
+    let mut waiting = false;
+    loop {
+        let problem = match fetch(request, &client, &target) {
+            Ok(answer) => {
+                if waiting {
+                    world.report(&format!(
+                        "restore {}: answered after {} s",
+                        request.file,
+                        started.elapsed().as_secs()
+                    ));
+                }
+                return Ok(answer);
+            }
+            Err(problem) => problem,
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if standby || !problem.transient || left <= RETRY_EVERY {
+            return Err(problem);
+        }
+        if !waiting {
+            waiting = true;
+            let then = format!("; trying again for up to {} s", left.as_secs());
+            problem.report(&format!("restore {}", request.file), &then, world);
+        }
+        thread::sleep(RETRY_EVERY);
+    }
+}
+
+/// Asks once.
+fn fetch(request: &RestoreRequest, client: &Client, target: &Path) -> Result<Answer, Problem> {
+    let query = request.system_identifier.map(|id| format!("?system-identifier={id}")).unwrap_or_default();
+    let response = client
+        .send("GET", &format!("/v1/wal/{}{query}", request.file))
+        .map_err(|error| Problem::from_http(&error, client.address))?;
+    match response.status() {
+        200 => receive(response, client.address, target).map(|()| Answer::Found),
+        404 => {
+            let body = response.error_body();
+            let error = ErrorBody::parse(&body.bytes);
+            match error.code.as_deref() {
+                Some(NOT_IN_ARCHIVE) if body.complete => Ok(Answer::NotInArchive),
+                Some(NOT_IN_ARCHIVE) => Err(Problem::transient("the answer was cut off".to_owned())),
+                _ => Err(Problem::from_answer(404, error, client.address)),
+            }
+        }
+        _ => Err(Problem::from_response(response, client.address)),
+    }
+}
+
+/// Writes the body under a temporary name and renames it when it is whole.
+fn receive(mut response: Response, address: SocketAddr, target: &Path) -> Result<(), Problem> {
+    match response.content_length() {
+        None => return Err(Problem::lasting(format!("{address} answered with a file of unknown length"))),
+        // A marker, a placeholder, a failed upload: no file of the archive is empty.
+        Some(0) => return Err(Problem::lasting(format!("{address} answered with an empty file"))),
+        Some(_) => {}
+    }
+    let mut file = TempFile::beside(target)?;
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        let read = response.read_body(&mut buffer).map_err(|error| Problem::from_http(&error, address))?;
+        if read == 0 {
+            return file.rename_to(target);
+        }
+        file.file.write_all(&buffer[..read]).map_err(|error| local("write", &file.path, &error))?;
+    }
+}
+
+/// What is written before it is whole. Removed unless renamed; if the process is killed it stays, and the next
+/// one for the same file takes it over.
+struct TempFile {
+    file: File,
+    path: PathBuf,
+    renamed: bool,
+}
+
+impl TempFile {
+    /// Creates `<target>.pgsidecar-tmp`, empty. Only one process at a time gets it: a helper that has outlived a
+    /// killed server must not write into the file of its successor.
+    fn beside(target: &Path) -> Result<TempFile, Problem> {
+        let mut name = target.as_os_str().to_owned();
+        name.push(".pgsidecar-tmp");
+        let path = PathBuf::from(name);
+        let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = opened.map_err(|error| local("create", &path, &error))?;
+        let taken = || Problem::transient(format!("another process is writing {}", path.display()));
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => return Err(taken()),
+            // A file system without locks: rather the tiny risk than no restore.
+            Err(TryLockError::Error(_)) | Ok(()) => {}
+        }
+        // The other one may have renamed or removed it between the two calls.
+        let same = fs::metadata(&path).and_then(|there| Ok(there.ino() == file.metadata()?.ino())).unwrap_or(false);
+        if !same {
+            return Err(taken());
+        }
+        file.set_len(0).map_err(|error| local("truncate", &path, &error))?;
+        Ok(TempFile { file, path, renamed: false })
+    }
+
+    fn rename_to(mut self, target: &Path) -> Result<(), Problem> {
+        fs::rename(&self.path, target).map_err(|error| local("rename", &self.path, &error))?;
+        self.renamed = true;
+        Ok(())
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        if !self.renamed {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Not worth waiting: a full disk or a wrong path stays what it is.
+fn local(verb: &str, path: &Path, error: &io::Error) -> Problem {
+    Problem::lasting(format!("can't {verb} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, Run, Server, TempDir, closed_port, pgdata, run_in, standby};
+    use std::os::unix::fs::PermissionsExt;
+
+    const SEGMENT: &str = "000000010000000000000042";
+    const HISTORY: &str = "00000002.history";
+
+    fn restore_in(data: &TempDir, address: SocketAddr, timeout: &str, file: &str) -> Run {
+        let args = ["restore", "--timeout", timeout, file, "pg_wal/RECOVERYXLOG"];
+        run_in(&args, &[("PGSIDECAR_ADDRESS", &address.to_string())], data)
+    }
+
+    /// One answer, then nobody listens any more.
+    fn code_of(answer: testing::Answer) -> u8 {
+        let data = pgdata();
+        let code = restore_in(&data, Server::start([answer]).address, "1", SEGMENT).code;
+        assert_eq!(data.files("pg_wal"), [""; 0]);
+        code
+    }
+
+    fn found(body: &[u8]) -> testing::Answer {
+        let mut answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).into_bytes();
+        answer.extend_from_slice(body);
+        testing::Answer::bytes(answer)
+    }
+
+    #[test]
+    fn what_is_found_is_whole_and_private() {
+        let data = pgdata();
+        let body: Vec<u8> = (0..3_000_017_u32).map(|i| i.to_le_bytes()[1] ^ i.to_le_bytes()[0]).collect();
+        let server = Server::start([found(&body)]);
+        let run = restore_in(&data, server.address, "5", SEGMENT);
+        assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+        assert_eq!(data.files("pg_wal"), ["RECOVERYXLOG"]);
+        let path = data.path().join("pg_wal/RECOVERYXLOG");
+        assert!(fs::read(&path).unwrap() == body);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(server.requests()[0].starts_with("GET /v1/wal/000000010000000000000042 HTTP/1.1\r\n"));
+    }
+
+    #[test]
+    fn what_a_killed_predecessor_left_is_overwritten() {
+        let data = pgdata();
+        fs::write(data.path().join("pg_wal/RECOVERYXLOG.pgsidecar-tmp"), "longer than the file").unwrap();
+        assert_eq!(restore_in(&data, Server::start([found(b"file")]).address, "5", SEGMENT).code, 0);
+        assert_eq!(fs::read(data.path().join("pg_wal/RECOVERYXLOG")).unwrap(), b"file");
+        assert_eq!(data.files("pg_wal"), ["RECOVERYXLOG"]);
+    }
+
+    #[test]
+    fn two_processes_do_not_write_one_file() {
+        let data = pgdata();
+        let path = data.path().join("pg_wal/RECOVERYXLOG.pgsidecar-tmp");
+        let other = File::create(&path).unwrap();
+        other.lock().unwrap();
+        let run = restore_in(&data, Server::start([found(b"file")]).address, "1", SEGMENT);
+        assert_eq!((run.code, data.files("pg_wal").len()), (126, 1));
+        assert!(run.stderr.contains("another process"), "{}", run.stderr);
+    }
+
+    #[test]
+    fn another_database_system_is_asked_for_by_its_identifier() {
+        let server = Server::start([testing::Answer::error(404, NOT_IN_ARCHIVE)]);
+        let address = server.address.to_string();
+        let args = ["restore", "--address", &address, HISTORY, "x", "--system-identifier", "7575002186531184001"];
+        assert_eq!(run_in(&args, &[], &pgdata()).code, 1);
+        let start = "GET /v1/wal/00000002.history?system-identifier=7575002186531184001 HTTP/1.1\r\n";
+        assert!(server.requests()[0].starts_with(start));
+    }
+
+    #[test]
+    fn only_a_definite_404_is_the_end_of_the_archive() {
+        let error = |status, code| code_of(testing::Answer::error(status, code));
+        assert_eq!(error(404, NOT_IN_ARCHIVE), 1);
+        assert_eq!(error(404, "no_such_path"), 126);
+        for status in [400, 401, 403, 409, 410, 429, 500, 501, 502, 503, 504] {
+            assert_eq!(error(status, NOT_IN_ARCHIVE), 126, "{status}");
+        }
+        let body = r#"{"error":{"code":"not_in_archive"}}"#;
+        let whole = format!("HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n23\r\n{body}\r\n0\r\n\r\n");
+        assert_eq!(code_of(testing::Answer::bytes(whole)), 1);
+        for unclear in [
+            // Another server on that port.
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nNot Found".to_owned(),
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 14\r\n\r\nnot_in_archive".to_owned(),
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n".to_owned(),
+            // Cut, or not known to be whole.
+            format!("HTTP/1.1 404 Not Found\r\nContent-Length: 99\r\n\r\n{body}"),
+            format!("HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n23\r\n{body}\r\n"),
+            format!("HTTP/1.1 404 Not Found\r\n\r\n{body}"),
+            // No answer to the question.
+            "HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n".to_owned(),
+            "HTTP/1.1 204 No Content\r\n\r\n".to_owned(),
+            "garbage\r\n\r\n".to_owned(),
+            String::new(),
+        ] {
+            assert_eq!(code_of(testing::Answer::bytes(unclear.as_str())), 126, "{unclear}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_may_not_be_whole_is_no_file() {
+        for answer in [
+            "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc",
+            "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n",
+            "HTTP/1.1 200 OK\r\n\r\nabc",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+            "HTTP/1.1 206 Partial Content\r\nContent-Length: 3\r\n\r\nabc",
+        ] {
+            assert_eq!(code_of(testing::Answer::bytes(answer)), 126, "{answer}");
+        }
+        let longer = testing::Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef");
+        let data = pgdata();
+        assert_eq!(restore_in(&data, Server::start([longer]).address, "1", SEGMENT).code, 0);
+        assert_eq!(fs::read(data.path().join("pg_wal/RECOVERYXLOG")).unwrap(), b"abc");
+    }
+
+    #[test]
+    fn an_outage_is_waited_for_and_told_twice() {
+        let data = pgdata();
+        let unreachable = || testing::Answer::error(503, "repository_unreachable");
+        let cut = testing::Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc");
+        let server = Server::start([unreachable(), unreachable(), cut, found(b"segment")]);
+        let run = restore_in(&data, server.address, "30", SEGMENT);
+        assert_eq!((run.code, server.requests().len()), (0, 4));
+        assert_eq!(data.files("pg_wal"), ["RECOVERYXLOG"]);
+        let lines: Vec<&str> = run.stderr.lines().collect();
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        assert!(lines[0].ends_with("(HTTP 503, repository_unreachable); trying again for up to 29 s"), "{}", lines[0]);
+        assert!(lines[1].contains("restore 000000010000000000000042: answered after "), "{}", lines[1]);
+    }
+
+    #[test]
+    fn an_outage_longer_than_the_deadline_stops_the_server() {
+        let started = Instant::now();
+        let run = restore_in(&pgdata(), closed_port(), "3", SEGMENT);
+        assert_eq!(run.code, 126);
+        let took = started.elapsed();
+        assert!((Duration::from_secs(1)..Duration::from_secs(4)).contains(&took), "{took:?}");
+        // Each time with its hint.
+        assert_eq!(run.stderr.lines().count(), 4, "{}", run.stderr);
+    }
+
+    #[test]
+    fn a_daemon_that_never_answers_is_left_at_the_deadline() {
+        let started = Instant::now();
+        assert_eq!(code_of(testing::Answer::BlackHole), 126);
+        let stalled = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc";
+        assert_eq!(code_of(testing::Answer::stall(stalled)), 126);
+        assert!(started.elapsed() < Duration::from_secs(4));
+    }
+
+    #[test]
+    fn a_standby_is_answered_at_once_and_lives_on() {
+        let started = Instant::now();
+        let data = standby();
+        for file in [SEGMENT, HISTORY] {
+            let run = restore_in(&data, closed_port(), "30", file);
+            assert_eq!(run.code, 1);
+            assert!(run.stderr.contains("no connection to pgsidecar"), "{}", run.stderr);
+        }
+        let server = Server::start([
+            testing::Answer::error(503, "repository_unreachable"),
+            testing::Answer::bytes("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"),
+            testing::Answer::bytes("garbage"),
+            testing::Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"),
+            found(b"segment"),
+        ]);
+        let codes = [(); 5].map(|()| restore_in(&data, server.address, "30", SEGMENT).code);
+        assert_eq!(codes, [1, 1, 1, 1, 0]);
+        assert!(started.elapsed() < Duration::from_secs(3));
+    }
+
+    #[test]
+    fn a_failure_on_the_local_disk_is_not_waited_for() {
+        let started = Instant::now();
+        let data = pgdata();
+        let address = Server::start([found(b"segment")]).address.to_string();
+        let run = run_in(&["restore", "--address", &address, SEGMENT, "nowhere/RECOVERYXLOG"], &[], &data);
+        assert_eq!(run.code, 126);
+        assert!(run.stderr.contains("can't create"), "{}", run.stderr);
+        assert!(started.elapsed() < Duration::from_secs(1));
+    }
+}
