@@ -1,1 +1,7 @@
-fn main() {}
+//! The `pgsidecar` program: daemon and command line. All of it is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pgsidecar::cli::main()
+}

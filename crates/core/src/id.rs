@@ -51,7 +51,9 @@ impl FromStr for SystemIdentifier {
     type Err = ParseIdError;
 
     fn from_str(text: &str) -> Result<SystemIdentifier, ParseIdError> {
-        decimal(text).map(SystemIdentifier).ok_or_else(|| ParseIdError::new("system identifier (a decimal number)", text))
+        decimal(text)
+            .map(SystemIdentifier)
+            .ok_or_else(|| ParseIdError::new("system identifier (a decimal number)", text))
     }
 }
 

@@ -248,7 +248,6 @@ impl RepositoryObject {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -281,10 +280,7 @@ mod tests {
                 RepositoryObject::PartialWal(segment, "0123456789abcdef".into()),
                 "wal/0000000A/0000000A00000003/0000000A0000000300000042.partial.0123456789abcdef.zst",
             ),
-            (
-                RepositoryObject::Wal(ArchiveFileName::History(segment.timeline())),
-                "wal/0000000A/0000000A.history.zst",
-            ),
+            (RepositoryObject::Wal(ArchiveFileName::History(segment.timeline())), "wal/0000000A/0000000A.history.zst"),
             (RepositoryObject::Backup(id, BackupObject::Started), "backups/20261121T061500Z-full/started.json"),
             (RepositoryObject::Backup(id, BackupObject::Record), "backups/20261121T061500Z-full/backup.json"),
             (RepositoryObject::Backup(id, BackupObject::Manifest), "backups/20261121T061500Z-full/backup_manifest.zst"),

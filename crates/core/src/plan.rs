@@ -13,8 +13,7 @@ use serde::Serialize;
 
 use crate::{
     ArchiveFileName, BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId, TimelineSpan,
-    WalSegmentSize,
-    recovery::RecoveryTarget,
+    WalSegmentSize, recovery::RecoveryTarget,
 };
 
 /// What a restore was asked for.
@@ -77,7 +76,9 @@ pub enum PlanError {
         stop_lsn: Lsn,
     },
     /// The backup that was named ends after the target.
-    #[error("the target, {target}, lies before the end of backup {backup}, which was complete at {stopped_at} ({stop_lsn})")]
+    #[error(
+        "the target, {target}, lies before the end of backup {backup}, which was complete at {stopped_at} ({stop_lsn})"
+    )]
     BeforeBackup {
         /// What was asked for.
         target: String,
@@ -100,7 +101,9 @@ pub enum PlanError {
         missing: SegmentName,
     },
     /// There is a hole before the target.
-    #[error("the target, {target}, can't be reached: WAL segment {missing} is missing in the archive, and later ones are there")]
+    #[error(
+        "the target, {target}, can't be reached: WAL segment {missing} is missing in the archive, and later ones are there"
+    )]
     Gap {
         /// What was asked for.
         target: String,
@@ -110,7 +113,9 @@ pub enum PlanError {
         reachable: Lsn,
     },
     /// The archive ends before the target.
-    #[error("the target, {target}, lies after the last archived WAL: the archive ends at {reachable}, in segment {last}, stored at {stored_at}")]
+    #[error(
+        "the target, {target}, lies after the last archived WAL: the archive ends at {reachable}, in segment {last}, stored at {stored_at}"
+    )]
     AfterLastWal {
         /// What was asked for.
         target: String,
@@ -127,22 +132,26 @@ impl PlanError {
     /// What to do about it.
     pub fn hint(&self) -> &'static str {
         match self {
-            PlanError::NoBackups => "take one with 'pgsidecar backup create'; check that cluster name and repository are the right ones",
-            PlanError::NoSuchBackup(_) => "'pgsidecar backup list' shows the backups",
-            PlanError::NoSuchTimeline(_) => "leave --target-timeline out to end on the newest one",
-            PlanError::NoBackupOnTimeline(_) => "name another timeline with --target-timeline",
+            PlanError::NoBackups => {
+                "Take one with 'pgsidecar backup create'; check that cluster name and repository are the right ones."
+            }
+            PlanError::NoSuchBackup(_) => "'pgsidecar backup list' shows the backups.",
+            PlanError::NoSuchTimeline(_) => "Leave --target-timeline out to end on the newest one.",
+            PlanError::NoBackupOnTimeline(_) => "Name another timeline with --target-timeline.",
             PlanError::BeforeFirstBackup { .. } => {
-                "choose a later target; --target-immediate with --backup ends at the backup's own end"
+                "Choose a later target; --target-immediate with --backup ends at the backup's own end."
             }
-            PlanError::BeforeBackup { .. } => "choose a later target, or leave --backup out so that an earlier one is found",
+            PlanError::BeforeBackup { .. } => {
+                "Choose a later target, or leave --backup out so that an earlier one is found."
+            }
             PlanError::NameNeedsBackup(_) => {
-                "name the last backup before the restore point with --backup ('pgsidecar backup list' shows them)"
+                "Name the last backup before the restore point with --backup ('pgsidecar backup list' shows them)."
             }
-            PlanError::BackupLacksWal { .. } => "choose another backup with --backup",
-            PlanError::Gap { .. } => "choose a target before the missing segment",
+            PlanError::BackupLacksWal { .. } => "Choose another backup with --backup.",
+            PlanError::Gap { .. } => "Choose a target before the missing segment.",
             PlanError::AfterLastWal { .. } => {
-                "if the database still runs, SELECT pg_switch_wal() ships the current segment; otherwise choose an \
-                 earlier target, or none at all to replay everything that is there"
+                "If the database still runs, SELECT pg_switch_wal() ships the current segment; otherwise choose an \
+                 earlier target, or none at all to replay everything that is there."
             }
         }
     }
@@ -183,12 +192,9 @@ pub fn select(catalog: &Catalog, request: &RestoreRequest) -> Result<Selection, 
     match (on_some_way.min_by_key(|b| b.stop_lsn), request.timeline, named) {
         (None, Some(timeline), _) => Err(PlanError::NoBackupOnTimeline(timeline)),
         (None, None, _) => Err(PlanError::NoBackups),
-        (Some(b), _, None) => Err(PlanError::BeforeFirstBackup {
-            target,
-            backup: b.id,
-            stopped_at: b.stopped_at,
-            stop_lsn: b.stop_lsn,
-        }),
+        (Some(b), _, None) => {
+            Err(PlanError::BeforeFirstBackup { target, backup: b.id, stopped_at: b.stopped_at, stop_lsn: b.stop_lsn })
+        }
         (Some(b), _, Some(_)) => {
             Err(PlanError::BeforeBackup { target, backup: b.id, stopped_at: b.stopped_at, stop_lsn: b.stop_lsn })
         }
@@ -217,7 +223,8 @@ impl Catalog {
     /// All known timelines' histories, the newest first: the order in which PostgreSQL's 'latest' prefers them.
     fn newest_first(&self) -> Vec<TimelineHistory> {
         let mut histories = self.histories.clone();
-        if self.history(TimelineId::FIRST).is_some_and(|_| !histories.iter().any(|h| h.timeline() == TimelineId::FIRST)) {
+        if self.history(TimelineId::FIRST).is_some_and(|_| !histories.iter().any(|h| h.timeline() == TimelineId::FIRST))
+        {
             histories.push(TimelineHistory::first(TimelineId::FIRST));
         }
         histories.sort_by_key(|history| std::cmp::Reverse(history.timeline()));

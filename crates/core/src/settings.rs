@@ -186,7 +186,9 @@ mod tests {
         assert_eq!("s3://backups".parse(), Ok(s3("backups", "")));
         assert_eq!("s3://backups/pg/prod/".parse(), Ok(s3("backups", "pg/prod")));
         assert_eq!("file:///srv/repo".parse(), Ok(RepositoryUrl::Directory("/srv/repo".into())));
-        for text in ["", "s3://", "s3:///x", "s3://ab", "s3://bucket/../x", "file://srv", "file:///a/../b", "/srv", "http://x"] {
+        for text in
+            ["", "s3://", "s3:///x", "s3://ab", "s3://bucket/../x", "file://srv", "file:///a/../b", "/srv", "http://x"]
+        {
             assert!(text.parse::<RepositoryUrl>().is_err(), "{text:?}");
         }
     }

@@ -1,9 +1,10 @@
 //! `archive_command`: asks the daemon to make one file durable.
 //!
-//! The daemon reads the file itself from the shared `pg_wal`. Success is said for 200 and 204 alone. PostgreSQL
-//! repeats a failed command by itself, so there is no long waiting here: a daemon that isn't there is given a
-//! moment to restart, and one that says no is believed. That moment is short on purpose: the temporary server
-//! of the official image archives too, perhaps before there is a daemon, and is stopped within a time limit.
+//! The daemon reads the file itself from the shared `pg_wal`. Success is said for 200 and 204 alone, if it is the
+//! daemon who says it. PostgreSQL repeats a failed command by itself, so there is no long waiting here: a daemon
+//! that isn't there is given a moment to restart, and one that says no is believed. That moment is short on
+//! purpose: the temporary server of the official image archives too, perhaps before there is a daemon, and is
+//! stopped within a time limit.
 
 use std::{
     net::SocketAddr,
@@ -64,12 +65,12 @@ mod tests {
     }
 
     fn archive_with(answer: &str) -> Run {
-        archive_at(Server::start([Answer::bytes(answer)]).address, "1")
+        archive_at(Server::start([Answer::daemon(answer)]).address, "1")
     }
 
     #[test]
     fn only_200_and_204_acknowledge() {
-        let server = Server::start([Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")]);
+        let server = Server::start([Answer::daemon("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")]);
         let run = archive_at(server.address, "5");
         assert_eq!((run.code, run.stderr.as_str()), (0, ""));
         assert!(server.requests()[0].starts_with("POST /v1/wal/000000010000000000000042/archive HTTP/1.1\r\n"));
@@ -81,6 +82,32 @@ mod tests {
         assert_eq!(archive_with("HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n").code, 1);
         assert_eq!(archive_with("garbage\r\n").code, 1);
         assert_eq!(archive_with("HTTP/1.1 200 O").code, 1);
+    }
+
+    #[test]
+    fn a_foreign_server_acknowledges_nothing() {
+        for answer in ["HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "HTTP/1.1 204 No Content\r\n\r\n"] {
+            // A second attempt would succeed.
+            let server = Server::start([Answer::bytes(answer), Answer::daemon(answer)]);
+            let run = archive_at(server.address, "5");
+            assert_eq!((run.code, server.requests().len()), (1, 1), "{answer}");
+            assert!(run.stderr.contains("isn't pgsidecar: it sent no Pgsidecar-Protocol\n"), "{}", run.stderr);
+            assert!(
+                run.stderr.ends_with("hint: does something other than pgsidecar listen there?\n"),
+                "{}",
+                run.stderr
+            );
+        }
+    }
+
+    #[test]
+    fn a_daemon_of_another_protocol_acknowledges_nothing() {
+        let other = Answer::bytes("HTTP/1.1 204 No Content\r\nPgsidecar-Protocol: 2\r\n\r\n");
+        let server = Server::start([other, Answer::daemon("HTTP/1.1 204 No Content\r\n\r\n")]);
+        let run = archive_at(server.address, "5");
+        assert_eq!((run.code, server.requests().len()), (1, 1));
+        assert!(run.stderr.contains("don't match in version: it speaks protocol 2, "), "{}", run.stderr);
+        assert!(run.stderr.contains("hint: the daemon republishes the helper at its start"), "{}", run.stderr);
     }
 
     #[test]
@@ -99,7 +126,7 @@ mod tests {
         let started = Instant::now();
         let server = Server::start([
             Answer::error(503, "repository_unreachable"),
-            Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+            Answer::daemon("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
         ]);
         assert_eq!(archive_at(server.address, "5").code, 1);
         assert_eq!(server.requests().len(), 1);
@@ -118,13 +145,13 @@ mod tests {
 
     #[test]
     fn a_daemon_that_restarts_is_found() {
-        let server = Server::start([Answer::bytes(""), Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")]);
+        let server = Server::start([Answer::bytes(""), Answer::daemon("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")]);
         assert_eq!(archive_at(server.address, "5").code, 0);
 
         let address = closed_port();
         let later = thread::spawn(move || {
             thread::sleep(Duration::from_millis(600));
-            Server::start_at(address, [Answer::bytes("HTTP/1.1 204 No Content\r\n\r\n")])
+            Server::start_at(address, [Answer::daemon("HTTP/1.1 204 No Content\r\n\r\n")])
         });
         assert_eq!(archive_at(address, "5").code, 0);
         drop(later.join());
@@ -142,7 +169,8 @@ mod tests {
 
     #[test]
     fn a_slow_daemon_is_waited_for() {
-        let answer = Answer::drip("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", Duration::from_millis(20));
+        let answer =
+            Answer::drip("HTTP/1.1 204 No Content\r\nPgsidecar-Protocol: 1\r\n\r\n", Duration::from_millis(20));
         assert_eq!(archive_at(Server::start([answer]).address, "5").code, 0);
     }
 }

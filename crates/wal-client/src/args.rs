@@ -31,7 +31,7 @@ Options:
 
 Exit codes:
   archive   0 the file is durable in the repository, 1 it isn't (yet): PostgreSQL asks again
-  restore   0 found, 1 not in the archive, 126 can't tell; where standby.signal exists 1 instead of 126
+  restore   0 found, 1 not in the archive, 200 can't tell; where standby.signal exists 1 instead of 200
   ping      0 the daemon answers, 1 it doesn't
   2         no command was recognised
 ";

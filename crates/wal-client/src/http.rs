@@ -11,8 +11,11 @@ use std::{
 
 /// How long connecting may take: on the local host it takes no time at all or never happens.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// The daemon and the helper next to it may come from different releases; this tells what is spoken.
-const PROTOCOL: &str = "1";
+/// The daemon and the helper next to it may come from different releases; this header, in every request and every
+/// answer, tells what is spoken. It also tells the daemon from anything else that listens on its port.
+const PROTOCOL_HEADER: &str = "Pgsidecar-Protocol";
+/// The only value that is spoken here.
+pub const PROTOCOL: &str = "1";
 const MAX_HEAD_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 const MAX_ERROR_BODY_BYTES: usize = 64 * 1024;
@@ -29,14 +32,21 @@ pub enum HttpError {
     Broken(io::Error),
     /// The deadline passed, or nothing was heard for too long: the request may have been carried out.
     TimedOut,
-    /// Something answered, but not in this protocol.
+    /// Something answered, but not in HTTP.
     NotHttp(&'static str),
+    /// An answer with this status, but not from a daemon: it names no protocol. It means nothing, whatever it says.
+    Foreign(u16),
+    /// A daemon that speaks this protocol. What its answer means isn't known here.
+    OtherProtocol(String),
 }
 
 impl HttpError {
     /// Whether the same request may succeed in a moment.
     pub fn is_transient(&self) -> bool {
-        !matches!(self, HttpError::NotHttp(_))
+        match self {
+            HttpError::Unreachable(_) | HttpError::Broken(_) | HttpError::TimedOut => true,
+            HttpError::NotHttp(_) | HttpError::Foreign(_) | HttpError::OtherProtocol(_) => false,
+        }
     }
 
     fn cut() -> HttpError {
@@ -66,14 +76,15 @@ pub struct Client {
 }
 
 impl Client {
-    /// Sends a request without a body and reads the head of the answer. `target` is sent as it is: it must
-    /// consist of characters that need no escape.
+    /// Sends a request without a body and reads the head of the answer, which is one of a daemon that speaks
+    /// [`PROTOCOL`]: any other is an error. `target` is sent as it is: it must consist of characters that need
+    /// no escape.
     pub fn send(&self, method: &str, target: &str) -> Result<Response, HttpError> {
         let mut wire = Wire { stream: self.connect()?, deadline: self.deadline, silence: self.silence };
         let length = if method == "POST" { "Content-Length: 0\r\n" } else { "" };
         let request = format!(
             "{method} {target} HTTP/1.1\r\nHost: {address}\r\nUser-Agent: pgsidecar-wal/{version}\r\n\
-             Pgsidecar-Protocol: {PROTOCOL}\r\nConnection: close\r\n{length}\r\n",
+             {PROTOCOL_HEADER}: {PROTOCOL}\r\nConnection: close\r\n{length}\r\n",
             address = self.address,
             version = env!("CARGO_PKG_VERSION"),
         );
@@ -208,6 +219,7 @@ impl Response {
         let status = parse_status(&read_line(&mut wire, &mut budget)?)?;
         let mut length = None;
         let mut encoded = None;
+        let mut protocol = None;
         let mut count = 0;
         loop {
             let line = read_line(&mut wire, &mut budget)?;
@@ -226,6 +238,11 @@ impl Response {
                 }
             } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
                 encoded = Some(value.eq_ignore_ascii_case(b"chunked"));
+            } else if name.eq_ignore_ascii_case(PROTOCOL_HEADER.as_bytes()) {
+                let value = String::from_utf8_lossy(value).into_owned();
+                if protocol.get_or_insert_with(|| value.clone()) != &value {
+                    return Err(HttpError::NotHttp("two different protocols"));
+                }
             }
         }
         let framing = match (encoded, length) {
@@ -234,6 +251,11 @@ impl Response {
             (None, None) => Framing::UntilClose,
             (Some(_), _) => return Err(HttpError::NotHttp("an unexpected Transfer-Encoding")),
         };
+        match protocol {
+            Some(protocol) if protocol == PROTOCOL => {}
+            Some(other) => return Err(HttpError::OtherProtocol(other)),
+            None => return Err(HttpError::Foreign(status)),
+        }
         Ok(Response { status, framing, left: length.unwrap_or(0), wire })
     }
 }
@@ -347,7 +369,7 @@ mod tests {
 
     #[test]
     fn the_request_names_host_version_and_protocol() {
-        let server = Server::start([Answer::bytes("HTTP/1.1 204 No Content\r\n\r\n")]);
+        let server = Server::start([Answer::daemon("HTTP/1.1 204 No Content\r\n\r\n")]);
         let response = client(server.address).send("POST", "/v1/wal/00000002.history/archive").ok().unwrap();
         assert_eq!(response.status(), 204);
         let expected = format!(
@@ -361,7 +383,7 @@ mod tests {
 
     #[test]
     fn bodies_of_failures_are_read_in_every_framing() {
-        let head = "HTTP/1.1 503 Service Unavailable\r\n";
+        let head = "HTTP/1.1 503 Service Unavailable\r\nPgsidecar-Protocol: 1\r\n";
         assert_eq!(error_body(format!("{head}content-length: 5\r\n\r\nabcde+")), whole("abcde"));
         assert_eq!(error_body(format!("{head}Content-Length: 5\r\n\r\nabc")), cut("abc"));
         let chunked = format!("{head}Transfer-Encoding: Chunked\r\n\r\n");
@@ -376,7 +398,7 @@ mod tests {
     #[test]
     fn bodies_of_failures_are_bounded() {
         let long = "x".repeat(100_000);
-        let head = "HTTP/1.1 500 Oops\r\n";
+        let head = "HTTP/1.1 500 Oops\r\nPgsidecar-Protocol: 1\r\n";
         for answer in [
             format!("{head}Content-Length: 100000\r\n\r\n{long}"),
             format!("{head}Transfer-Encoding: chunked\r\n\r\n186a0\r\n{long}\r\n0\r\n\r\n"),
@@ -406,12 +428,30 @@ mod tests {
             "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
             "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nPgsidecar-Protocol: 1\r\nPgsidecar-Protocol: 2\r\n\r\n",
             &format!("HTTP/1.1 200 OK\r\n{many}\r\n"),
             &format!("HTTP/1.1 200 OK\r\nX: {long}\r\n\r\n"),
             &long,
         ] {
             let start: String = answer.chars().take(60).collect();
             assert!(matches!(get(answer), Err(HttpError::NotHttp(_))), "{start}");
+        }
+    }
+
+    #[test]
+    fn an_answer_counts_only_in_this_protocol() {
+        for header in ["Pgsidecar-Protocol: 1", "pgsidecar-protocol:1 ", "X: y\r\nPGSIDECAR-PROTOCOL: 1"] {
+            assert!(get(format!("HTTP/1.1 200 OK\r\n{header}\r\n\r\n")).is_ok(), "{header}");
+        }
+        for header in ["Server: nginx", "X-Pgsidecar-Protocol: 1", "Pgsidecar-Protocols: 1", "Protocol: 1"] {
+            for status in [200, 204, 404, 503] {
+                let result = get(format!("HTTP/1.1 {status} Whatever\r\n{header}\r\n\r\nPgsidecar-Protocol: 1\r\n"));
+                assert!(matches!(result, Err(HttpError::Foreign(told)) if told == status), "{header}");
+            }
+        }
+        for value in ["2", "", "01", "1.0", "11", "+1", "1, 1", "one"] {
+            let result = get(format!("HTTP/1.1 200 OK\r\nPgsidecar-Protocol: {value}\r\n\r\n"));
+            assert!(matches!(result, Err(HttpError::OtherProtocol(told)) if told == value), "{value}");
         }
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use crate::{
     World,
-    http::{HttpError, Response},
+    http::{HttpError, PROTOCOL, Response},
     json::ErrorBody,
 };
 
@@ -35,7 +35,11 @@ impl Problem {
     pub fn from_http(error: &HttpError, address: SocketAddr) -> Problem {
         let hint = match error {
             HttpError::Unreachable(_) => Some("is the pgsidecar container up, and is this its PGSIDECAR_ADDRESS?"),
-            HttpError::NotHttp(_) => Some("does something other than pgsidecar listen there?"),
+            HttpError::NotHttp(_) | HttpError::Foreign(_) => Some("does something other than pgsidecar listen there?"),
+            HttpError::OtherProtocol(_) => Some(
+                "the daemon republishes the helper at its start: restart it, and let PostgreSQL call the helper that \
+                 it has published",
+            ),
             HttpError::Broken(_) | HttpError::TimedOut => None,
         };
         let message = match error {
@@ -43,24 +47,28 @@ impl Problem {
             HttpError::Broken(error) => format!("the connection to pgsidecar at {address} broke: {error}"),
             HttpError::TimedOut => format!("pgsidecar at {address} didn't answer in time"),
             HttpError::NotHttp(what) => format!("the answer from {address} makes no sense: {what}"),
+            HttpError::Foreign(status) => {
+                format!("what answered at {address} (HTTP {status}) isn't pgsidecar: it sent no Pgsidecar-Protocol")
+            }
+            HttpError::OtherProtocol(theirs) => format!(
+                "pgsidecar at {address} and this helper don't match in version: it speaks protocol {}, the helper \
+                 (pgsidecar-wal {}) speaks {PROTOCOL}",
+                printable(theirs),
+                env!("CARGO_PKG_VERSION")
+            ),
         };
         Problem { transient: error.is_transient(), message, hint: hint.map(str::to_owned) }
     }
 
-    /// An answer that wasn't hoped for. `body` is what it says of itself.
+    /// An answer of the daemon that wasn't hoped for. `body` is what it says of itself.
     pub fn from_answer(status: u16, body: ErrorBody, address: SocketAddr) -> Problem {
-        let of_ours = body.code.is_some();
         let message = match (body.message, &body.code) {
             (Some(message), Some(code)) => format!("{} (HTTP {status}, {})", printable(&message), printable(code)),
             (Some(message), None) => format!("{} (HTTP {status})", printable(&message)),
             (None, Some(code)) => format!("{address} answered HTTP {status}, {}", printable(code)),
             (None, None) => format!("{address} answered HTTP {status}"),
         };
-        let hint = match body.hint {
-            Some(hint) => Some(printable(&hint)),
-            None if !of_ours => Some("does something other than pgsidecar listen there?".to_owned()),
-            None => None,
-        };
+        let hint = body.hint.as_deref().map(printable);
         Problem { transient: status == 429 || status >= 500, message, hint }
     }
 
@@ -95,5 +103,9 @@ mod tests {
         let problem = Problem::from_answer(503, body, "127.0.0.1:7433".parse().unwrap());
         assert_eq!(problem.message, "a b [31m (HTTP 503, x)");
         assert_eq!(problem.hint.unwrap().len(), MAX_TEXT_CHARS);
+
+        let error = HttpError::OtherProtocol(format!("\u{1b}{}", "9".repeat(9_999)));
+        let message = Problem::from_http(&error, "127.0.0.1:7433".parse().unwrap()).message;
+        assert!(message.len() < 2 * MAX_TEXT_CHARS && !message.contains(char::is_control), "{message}");
     }
 }

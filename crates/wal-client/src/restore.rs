@@ -2,9 +2,9 @@
 //!
 //! To PostgreSQL, 1 to 125 means 'there is no such file': it ends recovery there and may promote. Above 125 it stops
 //! (`RestoreArchivedFile` in xlogarchive.c). So 1 is said only when the daemon has answered, completely, that
-//! the store doesn't have the file, and 126 for everything else. An outage is waited for first.
+//! the store doesn't have the file, and 200 for everything else. An outage is waited for first.
 //!
-//! On a standby it is the other way round: 126 would end a server that streams happily, and 1 is harmless there, for it
+//! On a standby it is the other way round: 200 would end a server that streams happily, and 1 is harmless there, for it
 //! asks again every few seconds. Where `standby.signal` exists, 'can't tell' is said as 1, and at once,
 //! so that the standby can go on to its primary.
 //!
@@ -31,9 +31,11 @@ use crate::{
 
 /// The store has said that it doesn't have the file.
 const EXIT_NOT_IN_ARCHIVE: u8 = 1;
-/// Above 125, and PostgreSQL stops instead of taking it for the end of the archive. Its log calls this number 'command
-/// not executable', as a shell would; the line before it says what it was. Codes from 129 on can mean signals.
-const EXIT_CANNOT_TELL: u8 = 126;
+/// Above 125, and PostgreSQL stops instead of taking it for the end of the archive. Its log would call 126 'command not
+/// executable' and 127 'command not found', as a shell does, and send people looking for the wrong fault; from
+/// 129 on, up to 192 on Linux, a code is 128 plus the number of a signal (143, SIGTERM, counts as a shutdown).
+/// This one means nothing else.
+const EXIT_CANNOT_TELL: u8 = 200;
 /// The daemon's word for a definite 'not there'. A 404 without it may be anybody's.
 const NOT_IN_ARCHIVE: &str = "not_in_archive";
 
@@ -232,7 +234,7 @@ mod tests {
     fn found(body: &[u8]) -> testing::Answer {
         let mut answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).into_bytes();
         answer.extend_from_slice(body);
-        testing::Answer::bytes(answer)
+        testing::Answer::daemon(answer)
     }
 
     #[test]
@@ -265,7 +267,7 @@ mod tests {
         let other = File::create(&path).unwrap();
         other.lock().unwrap();
         let run = restore_in(&data, Server::start([found(b"file")]).address, "1", SEGMENT);
-        assert_eq!((run.code, data.files("pg_wal").len()), (126, 1));
+        assert_eq!((run.code, data.files("pg_wal").len()), (200, 1));
         assert!(run.stderr.contains("another process"), "{}", run.stderr);
     }
 
@@ -283,15 +285,15 @@ mod tests {
     fn only_a_definite_404_is_the_end_of_the_archive() {
         let error = |status, code| code_of(testing::Answer::error(status, code));
         assert_eq!(error(404, NOT_IN_ARCHIVE), 1);
-        assert_eq!(error(404, "no_such_path"), 126);
+        assert_eq!(error(404, "no_such_path"), 200);
         for status in [400, 401, 403, 409, 410, 429, 500, 501, 502, 503, 504] {
-            assert_eq!(error(status, NOT_IN_ARCHIVE), 126, "{status}");
+            assert_eq!(error(status, NOT_IN_ARCHIVE), 200, "{status}");
         }
         let body = r#"{"error":{"code":"not_in_archive"}}"#;
         let whole = format!("HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n23\r\n{body}\r\n0\r\n\r\n");
-        assert_eq!(code_of(testing::Answer::bytes(whole)), 1);
+        assert_eq!(code_of(testing::Answer::daemon(whole.as_str())), 1);
         for unclear in [
-            // Another server on that port.
+            // Not the daemon's word.
             "HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nNot Found".to_owned(),
             "HTTP/1.1 404 Not Found\r\nContent-Length: 14\r\n\r\nnot_in_archive".to_owned(),
             "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n".to_owned(),
@@ -305,7 +307,31 @@ mod tests {
             "garbage\r\n\r\n".to_owned(),
             String::new(),
         ] {
-            assert_eq!(code_of(testing::Answer::bytes(unclear.as_str())), 126, "{unclear}");
+            assert_eq!(code_of(testing::Answer::daemon(unclear.as_str())), 200, "{unclear}");
+        }
+    }
+
+    #[test]
+    fn only_the_daemon_of_this_protocol_is_believed() {
+        let body = r#"{"error":{"code":"not_in_archive"}}"#;
+        let (foreign, other) = ("isn't pgsidecar", "speaks protocol 2, ");
+        let (who, republished) =
+            ("does something other than pgsidecar listen there?", "the daemon republishes the helper");
+        for (header, message, hint) in [("Server: x", foreign, who), ("Pgsidecar-Protocol: 2", other, republished)] {
+            for answer in [
+                format!("HTTP/1.1 200 OK\r\n{header}\r\nContent-Length: 3\r\n\r\nabc"),
+                format!("HTTP/1.1 404 Not Found\r\n{header}\r\nContent-Length: {}\r\n\r\n{body}", body.len()),
+                format!("HTTP/1.1 503 Service Unavailable\r\n{header}\r\nContent-Length: 0\r\n\r\n"),
+            ] {
+                let data = pgdata();
+                // A second attempt would succeed.
+                let server = Server::start([testing::Answer::bytes(answer.as_str()), found(b"segment")]);
+                let run = restore_in(&data, server.address, "30", SEGMENT);
+                assert_eq!((run.code, server.requests().len()), (200, 1), "{answer}");
+                assert_eq!(data.files("pg_wal"), [""; 0]);
+                let lines: Vec<&str> = run.stderr.lines().collect();
+                assert!(lines.len() == 2 && lines[0].contains(message) && lines[1].contains(hint), "{lines:?}");
+            }
         }
     }
 
@@ -319,9 +345,9 @@ mod tests {
             "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
             "HTTP/1.1 206 Partial Content\r\nContent-Length: 3\r\n\r\nabc",
         ] {
-            assert_eq!(code_of(testing::Answer::bytes(answer)), 126, "{answer}");
+            assert_eq!(code_of(testing::Answer::daemon(answer)), 200, "{answer}");
         }
-        let longer = testing::Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef");
+        let longer = testing::Answer::daemon("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef");
         let data = pgdata();
         assert_eq!(restore_in(&data, Server::start([longer]).address, "1", SEGMENT).code, 0);
         assert_eq!(fs::read(data.path().join("pg_wal/RECOVERYXLOG")).unwrap(), b"abc");
@@ -331,7 +357,7 @@ mod tests {
     fn an_outage_is_waited_for_and_told_twice() {
         let data = pgdata();
         let unreachable = || testing::Answer::error(503, "repository_unreachable");
-        let cut = testing::Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc");
+        let cut = testing::Answer::daemon("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc");
         let server = Server::start([unreachable(), unreachable(), cut, found(b"segment")]);
         let run = restore_in(&data, server.address, "30", SEGMENT);
         assert_eq!((run.code, server.requests().len()), (0, 4));
@@ -346,7 +372,7 @@ mod tests {
     fn an_outage_longer_than_the_deadline_stops_the_server() {
         let started = Instant::now();
         let run = restore_in(&pgdata(), closed_port(), "3", SEGMENT);
-        assert_eq!(run.code, 126);
+        assert_eq!(run.code, 200);
         let took = started.elapsed();
         assert!((Duration::from_secs(1)..Duration::from_secs(4)).contains(&took), "{took:?}");
         // Each time with its hint.
@@ -356,9 +382,9 @@ mod tests {
     #[test]
     fn a_daemon_that_never_answers_is_left_at_the_deadline() {
         let started = Instant::now();
-        assert_eq!(code_of(testing::Answer::BlackHole), 126);
-        let stalled = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc";
-        assert_eq!(code_of(testing::Answer::stall(stalled)), 126);
+        assert_eq!(code_of(testing::Answer::BlackHole), 200);
+        let stalled = "HTTP/1.1 200 OK\r\nPgsidecar-Protocol: 1\r\nContent-Length: 10\r\n\r\nabc";
+        assert_eq!(code_of(testing::Answer::stall(stalled)), 200);
         assert!(started.elapsed() < Duration::from_secs(4));
     }
 
@@ -373,13 +399,14 @@ mod tests {
         }
         let server = Server::start([
             testing::Answer::error(503, "repository_unreachable"),
-            testing::Answer::bytes("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"),
+            testing::Answer::daemon("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"),
             testing::Answer::bytes("garbage"),
-            testing::Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"),
+            testing::Answer::daemon("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"),
+            testing::Answer::bytes("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"),
             found(b"segment"),
         ]);
-        let codes = [(); 5].map(|()| restore_in(&data, server.address, "30", SEGMENT).code);
-        assert_eq!(codes, [1, 1, 1, 1, 0]);
+        let codes = [(); 6].map(|()| restore_in(&data, server.address, "30", SEGMENT).code);
+        assert_eq!(codes, [1, 1, 1, 1, 1, 0]);
         assert!(started.elapsed() < Duration::from_secs(3));
     }
 
@@ -389,7 +416,7 @@ mod tests {
         let data = pgdata();
         let address = Server::start([found(b"segment")]).address.to_string();
         let run = run_in(&["restore", "--address", &address, SEGMENT, "nowhere/RECOVERYXLOG"], &[], &data);
-        assert_eq!(run.code, 126);
+        assert_eq!(run.code, 200);
         assert!(run.stderr.contains("can't create"), "{}", run.stderr);
         assert!(started.elapsed() < Duration::from_secs(1));
     }

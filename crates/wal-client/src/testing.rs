@@ -30,6 +30,15 @@ impl Answer {
         Answer::Bytes { bytes: bytes.into(), pause: Duration::ZERO, stall: false }
     }
 
+    /// The same, with the header that the daemon sends in every answer behind the first line.
+    pub fn daemon(answer: impl Into<Vec<u8>>) -> Answer {
+        let mut bytes = answer.into();
+        if let Some(end) = bytes.windows(2).position(|end| end == b"\r\n") {
+            bytes.splice(end..end, *b"\r\nPgsidecar-Protocol: 1");
+        }
+        Answer::bytes(bytes)
+    }
+
     pub fn drip(text: &str, pause: Duration) -> Answer {
         Answer::Bytes { bytes: text.into(), pause, stall: false }
     }
@@ -41,7 +50,7 @@ impl Answer {
     /// As the daemon refuses.
     pub fn error(status: u16, code: &str) -> Answer {
         let body = format!(r#"{{"error":{{"code":"{code}","message":"no","hint":null}}}}"#);
-        Answer::bytes(format!(
+        Answer::daemon(format!(
             "HTTP/1.1 {status} Whatever\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
         ))

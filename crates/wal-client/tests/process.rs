@@ -26,14 +26,14 @@ fn unheard(mut command: Command) -> io::Result<ExitStatus> {
 #[test]
 fn a_closed_log_changes_no_exit_code() {
     assert_eq!(unheard(program(&["archive"])).unwrap().code(), Some(1));
-    assert_eq!(unheard(program(&["restore"])).unwrap().code(), Some(126));
+    assert_eq!(unheard(program(&["restore"])).unwrap().code(), Some(200));
     assert_eq!(unheard(program(&[])).unwrap().code(), Some(2));
     assert_eq!(unheard(program(&["--help"])).unwrap().code(), Some(0));
     // Port 1 of an address of its own: refused.
     let args = ["archive", "pg_wal/000000010000000000000042", "--address", "127.78.0.1:1", "--timeout", "1"];
     assert_eq!(unheard(program(&args)).unwrap().code(), Some(1));
     let args = ["restore", "000000010000000000000042", "RECOVERYXLOG", "--address", "127.78.0.1:1", "--timeout", "1"];
-    assert_eq!(unheard(program(&args)).unwrap().code(), Some(126));
+    assert_eq!(unheard(program(&args)).unwrap().code(), Some(200));
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn the_environment_names_the_daemon() {
         let (mut stream, _) = listener.accept().unwrap();
         let mut request = [0; 4096];
         let read = stream.read(&mut request).unwrap();
-        stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").unwrap();
+        stream.write_all(b"HTTP/1.1 204 No Content\r\nPgsidecar-Protocol: 1\r\n\r\n").unwrap();
         String::from_utf8_lossy(&request[..read]).into_owned()
     });
     let mut command = program(&["archive", "pg_wal/00000002.history"]);

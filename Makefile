@@ -1,0 +1,49 @@
+.DEFAULT_GOAL := help
+.PHONY: help check fmt fmt-check lint deny layers shell test test-garage demo tools clean
+
+# The demo's store: see scripts/demo.sh.
+STORE ?=
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+check: fmt-check layers shell deny lint ## all that needs no test run: format, layers, shell scripts, dependencies, clippy
+
+fmt: ## format the code
+	cargo fmt --all
+
+fmt-check:
+	cargo fmt --all --check
+
+lint: ## clippy; a warning is an error
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+deny: ## licences, bans and advisories of the dependencies
+	scripts/check-deny.sh
+
+layers: ## no runtime in the core, no dependency in pgsidecar-wal
+	scripts/check-layers.sh
+
+shell: ## shellcheck
+	scripts/check-shell.sh
+
+test: ## every test, with PostgreSQL 15 and 17 and an S3 server (set up by itself)
+	scripts/test.sh
+
+test-garage: ## the store and integration tests with Garage
+	scripts/test.sh garage
+
+demo: ## a database, its backup, a disaster and its restore
+	scripts/setup-postgres.sh
+	cargo build --release --locked -p pgsidecar -p pgsidecar-wal
+	STORE=$(STORE) scripts/demo.sh
+
+tools: ## only set up what check and test need
+	scripts/setup-postgres.sh
+	scripts/setup-postgres17.sh
+	scripts/setup-s3s.sh
+	scripts/setup-nextest.sh
+	scripts/setup-deny.sh
+
+clean: ## remove what was built (not the tools)
+	cargo clean

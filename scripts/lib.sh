@@ -1,0 +1,109 @@
+# shellcheck shell=bash
+# Shared by the scripts of this folder: sourced, never run.
+#
+# What the project's tests need beyond cargo (servers, cargo-deny, ...) is kept in one folder outside the checkout, $TOOLS, so that several
+# checkouts share it. It must be reachable for the user postgres: servers refuse to run as root, so root's tests start them as that user.
+
+set -euo pipefail
+umask 022
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+SHARED_TOOLS=/var/cache/pgsidecar-dev
+if [[ -n ${PGSIDECAR_TOOLS:-} ]]; then
+    TOOLS=$PGSIDECAR_TOOLS
+elif [[ $EUID -eq 0 ]]; then
+    TOOLS=$SHARED_TOOLS
+else
+    TOOLS=$HOME/.cache/pgsidecar-dev
+fi
+
+# The versions of everything that we fetch by ourselves. Debian's packages are whatever Debian has.
+S3S_FS_VERSION=0.14.1
+GARAGE_VERSION=2.5.0
+CARGO_DENY_VERSION=0.20.2
+CARGO_NEXTEST_VERSION=0.9.143
+
+# Exit status of a set-up script that only lacks the rights: the caller may go on without that part. Any other failure is a failure.
+EXIT_NEEDS_ROOT=3
+
+log() { printf '%s\n' "== $*" >&2; }
+
+die() {
+    printf '%s\n' "error: $*" >&2
+    exit 1
+}
+
+# need_root_or_explain WHAT COMMAND: returns for root, otherwise tells what to do and exits.
+need_root_or_explain() {
+    [[ $EUID -eq 0 ]] && return
+    printf '%s\n' "missing: $1" "  this needs root; once:  $2" >&2
+    exit "$EXIT_NEEDS_ROOT"
+}
+
+as_postgres() { setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; }
+
+# Makes $TOOLS, and says so now, rather than in every test, when postgres can't get there.
+make_tools_dir() {
+    mkdir -p "$TOOLS"
+    [[ $EUID -eq 0 ]] || return 0
+    chmod 755 "$TOOLS"
+    if getent passwd postgres >/dev/null && ! as_postgres test -x "$TOOLS"; then
+        die "the user postgres can't reach $TOOLS; set PGSIDECAR_TOOLS to a folder that every user can enter"
+    fi
+}
+
+# One set-up of a kind at a time, also across checkouts. Held until the script exits.
+lock() {
+    make_tools_dir
+    exec 9>"$TOOLS/.lock-$1"
+    flock 9
+}
+
+# tool_dir NAME: where NAME is, or is to be made. Unless a folder was asked for, a user's tests also find what root has set up for all.
+tool_dir() {
+    if [[ -z ${PGSIDECAR_TOOLS:-} && ! -e $TOOLS/$1 && -e $SHARED_TOOLS/$1 ]]; then
+        echo "$SHARED_TOOLS/$1"
+    else
+        echo "$TOOLS/$1"
+    fi
+}
+
+# Where each part is; the variables of the same names override (they are also what the tests read).
+pg_bin_15() { echo "${PG_BIN_15:-/usr/lib/postgresql/15/bin}"; }
+pg_bin_17() { echo "${PG_BIN_17:-$(tool_dir postgresql-17)/usr/lib/postgresql/17/bin}"; }
+s3s_fs() { echo "${S3S_FS:-$(tool_dir "s3s-fs-$S3S_FS_VERSION")/bin/s3s-fs}"; }
+garage() { echo "${GARAGE:-$(tool_dir "garage-$GARAGE_VERSION")/bin/garage}"; }
+nextest_dir() { echo "$(tool_dir "cargo-nextest-$CARGO_NEXTEST_VERSION")/bin"; }
+cargo_deny() { echo "$(tool_dir "cargo-deny-$CARGO_DENY_VERSION")/bin/cargo-deny"; }
+
+# apt_install PACKAGE...: installs those that are missing.
+apt_install() {
+    local package missing=()
+    for package in "$@"; do
+        [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
+    done
+    [[ ${#missing[@]} -gt 0 ]] || return 0
+    command -v apt-get >/dev/null || die "this is not Debian: install these by hand: ${missing[*]}"
+    need_root_or_explain "${missing[*]}" "apt-get install --no-install-recommends ${missing[*]}"
+    lock apt
+    log "installing ${missing[*]}"
+    apt-get update -qq </dev/null || log "apt-get update had errors; going on with the lists that there are"
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+        -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 "${missing[@]}" </dev/null >"$TOOLS/apt.log"
+}
+
+# install_crate NAME VERSION BINARY [cargo install's options]: into $TOOLS/NAME-VERSION, complete or not at all.
+install_crate() {
+    local name=$1 version=$2 binary=$3
+    shift 3
+    [[ -x $(tool_dir "$name-$version")/bin/$binary ]] && return
+    lock "$name"
+    local dest=$TOOLS/$name-$version
+    [[ -x $dest/bin/$binary ]] && return
+    log "building $name $version (once; it goes to $dest)"
+    rm -rf "$dest" "$dest.tmp"
+    # In the project's folder, for its pinned toolchain.
+    (cd "$ROOT" && nice cargo install "$name" --version "=$version" --locked --root "$dest.tmp" --target-dir "$dest.tmp/build" "$@" </dev/null >&2)
+    rm -rf "$dest.tmp/build"
+    mv "$dest.tmp" "$dest"
+}

@@ -1,0 +1,287 @@
+//! Reads the data directory with several threads into parts that are uploaded while they are made.
+//!
+//! One thread walks, `parallelism` threads each read, compress and fill a part of their own, and the caller's
+//! thread writes the lists. All hand over through bounded channels, so memory depends on the parallelism alone.
+//! The first failure, or a cancellation, stops them all.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+};
+
+use pgsidecar_core::{BackupId, backup::PartRecord, layout::BackupObject};
+use tokio::runtime::Handle;
+
+use super::{
+    listing::{Listing, Uploading},
+    part::{FileEntry, PartWriter},
+    walk::{Item, walk},
+};
+use crate::{
+    failure::{Code, Failure},
+    repository::Repository,
+};
+
+/// Items and entries that wait in a channel at most.
+const QUEUE: usize = 256;
+
+/// How far the packing is; read by whoever shows it, and the way to stop it.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes of files read so far.
+    pub bytes: AtomicU64,
+    /// About how many there will be; 0 while unknown.
+    pub total_bytes: AtomicU64,
+    /// Files done.
+    pub files: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Progress {
+    /// Makes the packing end with an error soon.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Relaxed);
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.cancelled.load(Relaxed) { Err(io::Error::other("cancelled")) } else { Ok(()) }
+    }
+}
+
+/// What to pack, and how.
+pub struct Packer {
+    /// Where it goes.
+    pub repository: Repository,
+    /// Runs the uploads.
+    pub runtime: Handle,
+    /// The backup.
+    pub id: BackupId,
+    /// The data directory.
+    pub root: PathBuf,
+    /// PostgreSQL's major version.
+    pub major: u32,
+    /// The directory of this server's files in each tablespace.
+    pub tablespace_directory: String,
+    /// How many threads read and compress.
+    pub parallelism: usize,
+    /// A part ends after the file with which it exceeds this many bytes.
+    pub part_size: u64,
+    /// How far it is.
+    pub progress: Arc<Progress>,
+    last_number: AtomicU32,
+}
+
+/// A file that is put in at the end, from memory.
+pub struct LastFile {
+    /// Path relative to the data directory.
+    pub path: &'static str,
+    /// Its content.
+    pub content: Vec<u8>,
+}
+
+struct OpenPart {
+    writer: PartWriter,
+    uploading: Uploading,
+}
+
+impl OpenPart {
+    fn close(self) -> Result<PartRecord, Failure> {
+        match self.writer.finish() {
+            Ok(record) => self.uploading.finish().map(|()| record),
+            Err(error) => Err(self.uploading.explain(&error)),
+        }
+    }
+}
+
+impl Packer {
+    /// A packer; the caller sets the fields.
+    #[expect(clippy::too_many_arguments, reason = "each is a field, named where it's used")]
+    pub fn new(
+        repository: Repository,
+        id: BackupId,
+        root: PathBuf,
+        major: u32,
+        tablespace_directory: String,
+        parallelism: usize,
+        part_size: u64,
+        progress: Arc<Progress>,
+    ) -> Packer {
+        let runtime = Handle::current();
+        let last_number = AtomicU32::new(0);
+        Packer {
+            repository,
+            runtime,
+            id,
+            root,
+            major,
+            tablespace_directory,
+            parallelism,
+            part_size,
+            progress,
+            last_number,
+        }
+    }
+
+    /// Packs everything but what has to be last. Blocks. Answers with the parts, in the order of their numbers,
+    /// and warnings.
+    ///
+    /// # Errors
+    /// The first that any thread met.
+    pub fn pack(&self, listing: &mut Listing) -> Result<(Vec<PartRecord>, Vec<String>), Failure> {
+        let (items_in, items) = sync_channel::<Item>(QUEUE);
+        let items = Mutex::new(items);
+        let (entries_in, entries) = sync_channel::<FileEntry>(QUEUE);
+        std::thread::scope(|scope| {
+            let walker = scope.spawn(move || {
+                let mut emit = |item| {
+                    // The receivers are gone only if every worker has failed; theirs is the failure that counts.
+                    items_in.send(item).map_err(|_| Failure::internal("nobody reads the files"))
+                };
+                walk(&self.root, self.major, self.tablespace_directory.clone(), &mut emit)
+            });
+            let workers: Vec<_> = (0..self.parallelism)
+                .map(|_| {
+                    let entries_in = entries_in.clone();
+                    let items = &items;
+                    scope.spawn(move || self.work(items, &entries_in))
+                })
+                .collect();
+            drop(entries_in);
+            let mut listed = Ok(());
+            for entry in entries {
+                if listed.is_ok() {
+                    listed = listing.add(&entry);
+                    if listed.is_err() {
+                        self.progress.cancel();
+                    }
+                }
+            }
+            let mut parts = Vec::new();
+            let mut failures = Vec::new();
+            for worker in workers {
+                match worker.join() {
+                    Ok(Ok(done)) => parts.extend(done),
+                    Ok(Err(failure)) => failures.push(failure),
+                    Err(_) => failures.push(Failure::internal("a thread that reads files panicked")),
+                }
+            }
+            // Whoever was merely stopped says 'cancelled'; the reason comes first.
+            failures.sort_by_key(|failure| failure.code == Code::Busy);
+            let walked = walker.join().map_err(|_| Failure::internal("the thread that walks the files panicked"));
+            if let Some(failure) = failures.into_iter().next() {
+                return Err(failure);
+            }
+            listed.map_err(|error| Failure::io("listing the files", &error))?;
+            parts.sort_unstable_by_key(|part: &PartRecord| part.number);
+            Ok((parts, walked??))
+        })
+    }
+
+    /// Packs what makes the directory startable, in the order given, into a part of its own.
+    ///
+    /// # Errors
+    /// If it can't be stored.
+    pub fn pack_last(&self, files: &[LastFile], listing: &mut Listing) -> Result<PartRecord, Failure> {
+        let like = self.root.join("PG_VERSION");
+        let meta = fs::metadata(&like).map_err(|error| Failure::io(format!("reading {}", like.display()), &error))?;
+        let mut part = self.open_part()?;
+        for file in files {
+            let size = file.content.len() as u64;
+            let added =
+                part.writer.file(Path::new(file.path), &meta, size, &mut file.content.as_slice(), &mut |_| Ok(()));
+            match added {
+                Ok(entry) => listing.add(&entry).map_err(|error| Failure::io("listing the files", &error))?,
+                Err(error) => return Err(part.uploading.explain(&error)),
+            }
+        }
+        part.close()
+    }
+
+    fn open_part(&self) -> Result<OpenPart, Failure> {
+        let number = self.last_number.fetch_add(1, Relaxed) + 1;
+        let (writer, uploading) =
+            Uploading::start(&self.runtime, &self.repository, self.id, BackupObject::Part(number));
+        let writer = PartWriter::new(number, writer, self.repository.level())
+            .map_err(|error| Failure::io("compressing", &error))?;
+        Ok(OpenPart { writer, uploading })
+    }
+
+    fn work(&self, items: &Mutex<Receiver<Item>>, entries: &SyncSender<FileEntry>) -> Result<Vec<PartRecord>, Failure> {
+        let mut parts = Vec::new();
+        let mut open: Option<OpenPart> = None;
+        let result = (|| {
+            while let Some(item) = next(items) {
+                let part = match &mut open {
+                    Some(part) => part,
+                    none => none.insert(self.open_part()?),
+                };
+                let added = match &item {
+                    Item::Directory { path, meta } => part.writer.directory(path, meta).map(|()| None),
+                    Item::File { path, location } => self.file(&mut part.writer, path, location),
+                };
+                match added {
+                    Ok(None) => {}
+                    Ok(Some(entry)) => {
+                        self.progress.files.fetch_add(1, Relaxed);
+                        entries.send(entry).map_err(|_| Failure::internal("nobody lists the files"))?;
+                    }
+                    Err(error) if self.progress.check().is_err() => {
+                        return Err(Failure::new(Code::Busy, format!("the backup was given up: {error}")));
+                    }
+                    Err(error) => {
+                        let failure = match open.take() {
+                            Some(part) => part.uploading.explain(&error),
+                            None => Failure::io("reading", &error),
+                        };
+                        let (Item::Directory { path, .. } | Item::File { path, .. }) = &item;
+                        return Err(if failure.code == Code::Io { failure.context(path.display()) } else { failure });
+                    }
+                }
+                if part.writer.file_bytes() >= self.part_size
+                    && let Some(part) = open.take()
+                {
+                    parts.push(part.close()?);
+                }
+            }
+            if let Some(part) = open.take() {
+                parts.push(part.close()?);
+            }
+            Ok(())
+        })();
+        if result.is_err() {
+            self.progress.cancel();
+            // The walker must not wait for a reader that no longer reads.
+            while next(items).is_some() {}
+        }
+        result.map(|()| parts)
+    }
+
+    /// `None` if it has vanished: it was dropped, and replay will drop it again.
+    fn file(&self, part: &mut PartWriter, path: &Path, location: &Path) -> io::Result<Option<FileEntry>> {
+        self.progress.check()?;
+        let mut file = match File::open(location) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let meta = file.metadata()?;
+        let progress = &self.progress;
+        let mut watch = |bytes| {
+            progress.bytes.fetch_add(bytes, Relaxed);
+            progress.check()
+        };
+        let content: &mut dyn Read = &mut file;
+        part.file(path, &meta, meta.len(), content, &mut watch).map(Some)
+    }
+}
+
+fn next(items: &Mutex<Receiver<Item>>) -> Option<Item> {
+    // A poisoned lock means that another worker panicked while it waited; the receiver itself is whole.
+    items.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).recv().ok()
+}

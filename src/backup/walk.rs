@@ -1,0 +1,172 @@
+//! The files of a data directory that belong in a base backup, found while PostgreSQL goes on changing it.
+//!
+//! What disappears between being seen and being read is left out: it was dropped, and replay drops it again.
+//! What can't be read for another reason ends the backup: one with a hole isn't one.
+
+use std::{
+    collections::HashSet,
+    fs::{self, DirEntry, Metadata},
+    io,
+    path::{Path, PathBuf},
+};
+
+use pgsidecar_core::data_directory::{
+    Fork, Treatment, empty_wal_subdirectories, is_relation_directory, relation_file, skip_as_unlogged, treat_directory,
+    treat_file,
+};
+
+use crate::failure::{Code, Failure};
+
+/// Something to be put into the backup.
+#[derive(Debug)]
+pub enum Item {
+    /// A directory, without its content.
+    Directory {
+        /// Path relative to the data directory.
+        path: PathBuf,
+        /// Its metadata.
+        meta: Metadata,
+    },
+    /// A regular file.
+    File {
+        /// Path relative to the data directory.
+        path: PathBuf,
+        /// Where to read it.
+        location: PathBuf,
+    },
+}
+
+/// What to walk, and where to report.
+struct Walk<'a> {
+    major: u32,
+    /// The directory of this server's files in each tablespace.
+    tablespace_directory: String,
+    emit: &'a mut dyn FnMut(Item) -> Result<(), Failure>,
+    warnings: Vec<String>,
+}
+
+/// Walks a data directory; `emit` gets each item and can end the walk. Answers with warnings.
+///
+/// # Errors
+/// If a directory can't be read, or `emit` fails.
+pub fn walk(
+    root: &Path,
+    major: u32,
+    tablespace_directory: String,
+    emit: &mut dyn FnMut(Item) -> Result<(), Failure>,
+) -> Result<Vec<String>, Failure> {
+    let mut walk = Walk { major, tablespace_directory, emit, warnings: Vec::new() };
+    walk.directory(Path::new(""), root)?;
+    Ok(walk.warnings)
+}
+
+/// `None` if it has vanished.
+fn unless_vanished<T>(result: io::Result<T>, what: &Path) -> Result<Option<T>, Failure> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Failure::io(format!("reading {}", what.display()), &error)),
+    }
+}
+
+impl Walk<'_> {
+    /// Walks one directory: `path` is its name in the backup, `location` where it is.
+    fn directory(&mut self, path: &Path, location: &Path) -> Result<(), Failure> {
+        let shown = path.to_string_lossy();
+        let is_relation_directory = is_relation_directory(&shown);
+        let unlogged = if is_relation_directory { self.init_forks(location)? } else { HashSet::new() };
+        let Some(entries) = unless_vanished(fs::read_dir(location), location)? else { return Ok(()) };
+        for entry in entries {
+            let Some(entry) = unless_vanished(entry, location)? else { continue };
+            let name = entry.file_name();
+            if is_relation_directory
+                && let Some(file) = relation_file(&name.to_string_lossy())
+                && skip_as_unlogged(&file, unlogged.contains(&file.number))
+            {
+                continue;
+            }
+            self.entry(&path.join(&name), &entry)?;
+        }
+        Ok(())
+    }
+
+    /// The relations of a directory that have an init fork: those that are unlogged.
+    fn init_forks(&self, location: &Path) -> Result<HashSet<u32>, Failure> {
+        let mut numbers = HashSet::new();
+        let Some(entries) = unless_vanished(fs::read_dir(location), location)? else { return Ok(numbers) };
+        for entry in entries {
+            let Some(entry) = unless_vanished(entry, location)? else { continue };
+            let file = relation_file(&entry.file_name().to_string_lossy());
+            numbers.extend(file.filter(|file| file.fork == Fork::Init).map(|file| file.number));
+        }
+        Ok(numbers)
+    }
+
+    fn entry(&mut self, path: &Path, entry: &DirEntry) -> Result<(), Failure> {
+        let location = entry.path();
+        let Some(meta) = unless_vanished(fs::symlink_metadata(&location), &location)? else { return Ok(()) };
+        let shown = path.to_string_lossy().into_owned();
+        let kind = meta.file_type();
+        // pg_wal and others can be links to directories elsewhere; only that they exist matters then.
+        if (kind.is_dir() || kind.is_symlink()) && treat_directory(&shown) == Treatment::EmptyDirectory {
+            return self.empty_directory(path, &location);
+        }
+        if kind.is_symlink() && path.parent() == Some(Path::new("pg_tblspc")) {
+            return self.tablespace(path, &location);
+        }
+        if kind.is_dir() {
+            if treat_directory(&shown) == Treatment::Include {
+                (self.emit)(Item::Directory { path: path.to_owned(), meta })?;
+                self.directory(path, &location)?;
+            }
+            return Ok(());
+        }
+        if kind.is_file() {
+            // What makes the directory startable is written by itself, at the end.
+            if treat_file(&shown) == Treatment::Include {
+                (self.emit)(Item::File { path: path.to_owned(), location })?;
+            }
+            return Ok(());
+        }
+        self.warnings.push(format!("{shown} is neither a file nor a directory and was left out"));
+        Ok(())
+    }
+
+    fn empty_directory(&mut self, path: &Path, location: &Path) -> Result<(), Failure> {
+        let Some(meta) = unless_vanished(fs::metadata(location), location)? else { return Ok(()) };
+        (self.emit)(Item::Directory { path: path.to_owned(), meta: meta.clone() })?;
+        if path == Path::new("pg_wal") {
+            for name in empty_wal_subdirectories(self.major) {
+                (self.emit)(Item::Directory { path: path.join(name), meta: meta.clone() })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A tablespace: the link becomes a directory in the backup. Were it kept, unpacking would write through it
+    /// into the tablespace of the living server.
+    fn tablespace(&mut self, path: &Path, link: &Path) -> Result<(), Failure> {
+        let Some(meta) = unless_vanished(fs::metadata(link), link)? else {
+            let target = fs::read_link(link).unwrap_or_default();
+            // A dropped tablespace takes its link along; a link that leads nowhere is a missing mount.
+            return match fs::symlink_metadata(link) {
+                Err(_) => Ok(()),
+                Ok(_) => Err(Failure::new(
+                    Code::DataDirectory,
+                    format!(
+                        "the tablespace at {} can't be read: there is no such directory in this container",
+                        target.display()
+                    ),
+                )
+                .hint("Mount the tablespace's volume in the sidecar at the same path as in PostgreSQL's container.")),
+            };
+        };
+        (self.emit)(Item::Directory { path: path.to_owned(), meta: meta.clone() })?;
+        let (path, location) = (path.join(&self.tablespace_directory), link.join(&self.tablespace_directory));
+        if let Some(meta) = unless_vanished(fs::symlink_metadata(&location), &location)? {
+            (self.emit)(Item::Directory { path: path.clone(), meta })?;
+            self.directory(&path, &location)?;
+        }
+        Ok(())
+    }
+}

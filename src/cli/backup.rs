@@ -1,0 +1,161 @@
+//! `pgsidecar backup create|list|show`
+
+use clap::{Args, Subcommand};
+use pgsidecar_core::{BackupId, BackupRecord};
+
+use super::{OutputArgs, SystemArgs, open_repository, output};
+use crate::{
+    client::Client,
+    failure::{Code, Failure},
+    http::control::CreateBackup,
+    jobs::{Outcome, Snapshot},
+    settings::Settings,
+};
+
+/// Base backups.
+#[derive(Subcommand, Debug)]
+pub enum BackupCommand {
+    /// Take a full base backup; the daemon does it
+    Create(CreateArgs),
+    /// List the complete backups
+    List(ListArgs),
+    /// Show one backup
+    Show(ShowArgs),
+}
+
+/// `backup create`
+#[derive(Args, Debug)]
+pub struct CreateArgs {
+    /// Take the checkpoint at once instead of spreading it: the backup begins at once, PostgreSQL writes more for a moment
+    #[arg(long)]
+    fast: bool,
+    /// A label that PostgreSQL keeps in the backup
+    #[arg(long, value_name = "TEXT")]
+    label: Option<String>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// `backup list`
+#[derive(Args, Debug)]
+pub struct ListArgs {
+    #[command(flatten)]
+    system: SystemArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// `backup show`
+#[derive(Args, Debug)]
+pub struct ShowArgs {
+    /// The backup's id
+    #[arg(value_name = "ID")]
+    id: BackupId,
+    #[command(flatten)]
+    system: SystemArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Runs one of the commands.
+///
+/// # Errors
+/// What went wrong.
+pub async fn run(settings: &Settings, command: BackupCommand) -> Result<(), Failure> {
+    match command {
+        BackupCommand::Create(args) => create(settings, args).await,
+        BackupCommand::List(args) => {
+            let backups = open_repository(settings.work()?, &args.system).await?.backups().await?;
+            if args.output.json { output::print_json(&backups) } else { print_list(&backups) }
+        }
+        BackupCommand::Show(args) => {
+            let backup = open_repository(settings.work()?, &args.system).await?.backup(args.id).await?;
+            let backup = backup.ok_or_else(|| {
+                Failure::new(Code::NotFound, format!("there is no backup {}", args.id))
+                    .hint("'pgsidecar backup list' shows them.")
+            })?;
+            if args.output.json { output::print_json(&backup) } else { print_backup(&backup) }
+        }
+    }
+}
+
+async fn create(settings: &Settings, args: CreateArgs) -> Result<(), Failure> {
+    let client = Client::new(&settings.process.control_socket);
+    let job: Snapshot = client.post("/v1/backups", &CreateBackup { label: args.label, fast: args.fast }).await?;
+    let watched = output::watched() && !args.output.json;
+    let ended = client
+        .follow(job.job, |job| {
+            if watched {
+                output::progress(&describe(job));
+            }
+        })
+        .await;
+    if watched {
+        output::end_progress();
+    }
+    let record: BackupRecord = match ended?.outcome {
+        Some(Outcome::Succeeded(record)) => serde_json::from_value(record).map_err(Failure::internal)?,
+        Some(Outcome::Failed(failure)) => return Err(failure),
+        None => return Err(Failure::internal("the job's events ended before the job")),
+    };
+    if args.output.json { output::print_json(&record) } else { print_backup(&record) }
+}
+
+fn describe(job: &Snapshot) -> String {
+    let read = output::size(job.bytes);
+    match job.bytes {
+        0 => "waiting for the checkpoint".to_owned(),
+        bytes if job.total_bytes > 0 && bytes < job.total_bytes => {
+            format!(
+                "{read} of about {} ({} %), {} files",
+                output::size(job.total_bytes),
+                bytes * 100 / job.total_bytes,
+                job.files
+            )
+        }
+        _ => format!("{read}, {} files; finishing", job.files),
+    }
+}
+
+fn print_list(backups: &[BackupRecord]) -> Result<(), Failure> {
+    if backups.is_empty() {
+        eprintln!("no backups yet; 'pgsidecar backup create' takes one");
+        return Ok(());
+    }
+    let rows: Vec<[String; 6]> = backups
+        .iter()
+        .map(|backup| {
+            [
+                backup.id.to_string(),
+                backup.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
+                backup.timeline.to_string(),
+                backup.stop_lsn.to_string(),
+                output::size(backup.plain_bytes()),
+                output::size(backup.stored_bytes()),
+            ]
+        })
+        .collect();
+    output::print_table(["BACKUP", "COMPLETE", "TIMELINE", "LSN", "DATABASE", "STORED"], &rows)
+}
+
+fn print_backup(backup: &BackupRecord) -> Result<(), Failure> {
+    let lines = [
+        ("Backup", backup.id.to_string()),
+        ("Kind", backup.id.kind().to_string()),
+        ("Complete", backup.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ").to_string()),
+        ("WAL", format!("{} to {} on timeline {}", backup.start_lsn, backup.stop_lsn, backup.timeline)),
+        (
+            "Server",
+            format!("PostgreSQL {}{}", backup.major_version(), if backup.from_standby { ", a standby" } else { "" }),
+        ),
+        ("Database", format!("{} in {} files", output::size(backup.plain_bytes()), backup.files)),
+        ("Stored", format!("{} in {} parts", output::size(backup.stored_bytes()), backup.parts.len())),
+    ];
+    for (name, value) in lines {
+        output::print_line(&format!("{name:<10} {value}"))?;
+    }
+    for tablespace in &backup.tablespaces {
+        output::print_line(&format!("Tablespace {} at {}", tablespace.oid, tablespace.location))?;
+    }
+    backup.warnings.iter().try_for_each(|warning| output::print_line(&format!("Warning    {warning}")))
+}

@@ -1,0 +1,154 @@
+//! The command line: one grammar, `pgsidecar NOUN VERB`. What is printed for people goes through [`output`]; `--json`
+//! prints one JSON document instead. Results go to stdout, everything else to stderr.
+
+pub mod backup;
+pub mod check;
+pub mod output;
+pub mod restore;
+pub mod status;
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use clap::{Args, Parser, Subcommand};
+use pgsidecar_core::{Layout, SystemIdentifier};
+
+use crate::{
+    daemon::{self, open_store},
+    failure::{Code, Failure},
+    logging,
+    pgdata::DataDirectory,
+    repository::Repository,
+    settings::{PodEnvironment, RawSettings, Settings, WorkSettings},
+    store::Store,
+};
+
+/// Backups of a PostgreSQL, from beside it: WAL, base backups, restores to any point in time.
+#[derive(Parser, Debug)]
+#[command(name = "pgsidecar", version, about, max_term_width = 110, disable_help_subcommand = true)]
+#[command(after_help = "Settings can be given as flags or in the environment; --help lists them all.\n\n\
+    Exit codes: 0 done; 1 failed; 2 wrong usage; 65 the target can't be reached, or data is damaged; 69 store, PostgreSQL or \
+    daemon unavailable; 70 a bug; 73 the target directory can't be used; 74 a file can't be read or written; 75 busy or too \
+    slow, try again; 77 the store refuses; 78 wrong settings.")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    settings: RawSettings,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run the daemon: archive and serve WAL, take backups when asked
+    Run {
+        /// Put pgsidecar-wal into this directory, where PostgreSQL's container finds it
+        #[arg(long, env = "PGSIDECAR_PUBLISH_HELPER", value_name = "DIR", hide_env_values = true)]
+        publish_helper: Option<PathBuf>,
+    },
+    /// Try everything that backups and restores will need
+    Check(check::CheckArgs),
+    /// Show what the daemon does and what can be restored
+    Status(OutputArgs),
+    /// Base backups
+    #[command(subcommand)]
+    Backup(backup::BackupCommand),
+    /// Restore to a point in time
+    #[command(subcommand)]
+    Restore(restore::RestoreCommand),
+}
+
+/// How results are printed.
+#[derive(Args, Debug, Clone, Copy)]
+pub struct OutputArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which database of the repository is meant.
+#[derive(Args, Debug, Clone)]
+pub struct SystemArgs {
+    /// The database's system identifier [default: that of PGDATA, else the only one under the cluster name]
+    #[arg(long, value_name = "N")]
+    pub system_identifier: Option<SystemIdentifier>,
+}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let is_daemon = matches!(cli.command, Command::Run { .. });
+    let default_level = if is_daemon { "info" } else { "warn" };
+    let mut settings = Settings::resolve(&cli.settings, &PodEnvironment::from_process());
+    if let Err(error) = logging::start(cli.settings.log.as_deref(), cli.settings.log_format.as_deref(), default_level) {
+        settings.add_error(error);
+    }
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(32).enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(dispatch(cli.command, &settings)),
+        Err(error) => Err(Failure::io("starting threads", &error)),
+    };
+    match result {
+        Ok(code) => code,
+        Err(failure) => {
+            output::print_failure(&failure);
+            ExitCode::from(failure.code.exit_code())
+        }
+    }
+}
+
+async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Failure> {
+    let done = |()| ExitCode::SUCCESS;
+    match command {
+        Command::Run { publish_helper } => daemon::run(settings, publish_helper).await.map(done),
+        Command::Check(args) => check::run(settings, &args).await,
+        Command::Status(args) => status::run(settings, args).await.map(done),
+        Command::Backup(command) => backup::run(settings, command).await.map(done),
+        Command::Restore(command) => restore::run(settings, command).await.map(done),
+    }
+}
+
+/// The repository of the database that is meant, without a daemon.
+///
+/// # Errors
+/// If it can't be told which one.
+pub async fn open_repository(settings: &WorkSettings, system: &SystemArgs) -> Result<Repository, Failure> {
+    let store = open_store(settings).await;
+    let system = find_system(settings, &store, system).await?;
+    Ok(Repository::new(store, Layout::new(settings.cluster.clone(), system), settings.compression_level))
+}
+
+async fn find_system(
+    settings: &WorkSettings,
+    store: &Arc<dyn Store>,
+    args: &SystemArgs,
+) -> Result<SystemIdentifier, Failure> {
+    if let Some(system) = args.system_identifier {
+        return Ok(system);
+    }
+    let pgdata = settings.pgdata.as_deref().and_then(|path| DataDirectory::open(path).ok());
+    if let Some(control) = pgdata.and_then(|pgdata| pgdata.control().ok()) {
+        return Ok(control.system_identifier);
+    }
+    let systems = Repository::systems(&**store, &settings.cluster).await?;
+    match systems.as_slice() {
+        [system] => Ok(*system),
+        [] => Err(Failure::new(
+            Code::NotFound,
+            format!("{} holds nothing under the cluster name {}", store.description(), settings.cluster),
+        )
+        .hint("Check PGSIDECAR_REPOSITORY and PGSIDECAR_CLUSTER.")),
+        several => {
+            let list: Vec<String> = several.iter().map(ToString::to_string).collect();
+            Err(Failure::new(
+                Code::InvalidRequest,
+                format!(
+                    "under the cluster name {} there are {} databases: {}",
+                    settings.cluster,
+                    several.len(),
+                    list.join(", ")
+                ),
+            )
+            .hint("Choose one with --system-identifier."))
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! `pgsidecar restore plan|run`
+
+use std::{
+    collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, sync::atomic::Ordering::Relaxed, time::Duration,
+};
+
+use clap::{Args, Subcommand};
+use pgsidecar_core::{
+    BackupId, Lsn, TimelineId,
+    plan::{RestorePlan, RestoreRequest},
+    recovery::{RecoveryTarget, RestorePointName, TargetAction, parse_target_time},
+};
+
+use super::{OutputArgs, SystemArgs, open_repository, output};
+use crate::{
+    failure::{Code, Failure},
+    repository::Repository,
+    restore::{self, RestoreOptions, unpack::Progress},
+    settings::Settings,
+};
+
+/// Restoring.
+#[derive(Subcommand, Debug)]
+pub enum RestoreCommand {
+    /// Show which backup and which WAL a restore would use; changes nothing
+    Plan(PlanArgs),
+    /// Restore to a directory
+    Run(RunArgs),
+}
+
+/// Where recovery is to end.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Recovery target")]
+pub struct TargetArgs {
+    /// End just before or at this time, with its zone: '2026-11-21 06:15:00+01' [default: the end of the archive]
+    #[arg(long, value_name = "TIME", group = "target")]
+    target_time: Option<String>,
+    /// End at this LSN
+    #[arg(long, value_name = "LSN", group = "target")]
+    target_lsn: Option<Lsn>,
+    /// End at this restore point (pg_create_restore_point); needs --backup
+    #[arg(long, value_name = "NAME", group = "target")]
+    target_name: Option<RestorePointName>,
+    /// End at the commit of this transaction
+    #[arg(long, value_name = "XID", group = "target")]
+    target_xid: Option<u64>,
+    /// End as soon as the backup is consistent
+    #[arg(long, group = "target")]
+    target_immediate: bool,
+    /// End on this timeline [default: the newest]
+    #[arg(long, value_name = "N")]
+    target_timeline: Option<TimelineId>,
+    /// Begin with this backup [default: the newest before the target]
+    #[arg(long, value_name = "ID")]
+    backup: Option<BackupId>,
+}
+
+/// `restore plan`
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    target: TargetArgs,
+    #[command(flatten)]
+    system: SystemArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// `restore run`
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// The directory to restore to: empty, or to be created
+    #[arg(long, value_name = "DIR")]
+    to: PathBuf,
+    #[command(flatten)]
+    target: TargetArgs,
+    /// Stop just before the target instead of just after it
+    #[arg(long)]
+    target_exclusive: bool,
+    /// What the server does at the target: promote, pause or shutdown
+    #[arg(long, value_name = "ACTION", default_value_t = TargetAction::Promote)]
+    target_action: TargetAction,
+    /// Put the tablespace at OLD to NEW; can be given several times
+    #[arg(long, value_name = "OLD=NEW")]
+    tablespace_mapping: Vec<String>,
+    /// With what the restored server gets its WAL [default: pgsidecar-wal restore …]
+    #[arg(long, value_name = "COMMAND")]
+    restore_command: Option<String>,
+    #[command(flatten)]
+    system: SystemArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+impl TargetArgs {
+    fn request(&self) -> Result<RestoreRequest, Failure> {
+        let target = if let Some(text) = &self.target_time {
+            let time =
+                parse_target_time(text).map_err(|error| Failure::new(Code::InvalidRequest, error.to_string()))?;
+            RecoveryTarget::Time(time)
+        } else if let Some(lsn) = self.target_lsn {
+            RecoveryTarget::Lsn(lsn)
+        } else if let Some(name) = &self.target_name {
+            RecoveryTarget::Name(name.clone())
+        } else if let Some(xid) = self.target_xid {
+            RecoveryTarget::Xid(xid)
+        } else if self.target_immediate {
+            RecoveryTarget::Immediate
+        } else {
+            RecoveryTarget::Latest
+        };
+        Ok(RestoreRequest { target, timeline: self.target_timeline, backup: self.backup })
+    }
+}
+
+/// Runs one of the commands.
+///
+/// # Errors
+/// What went wrong; what is safe and what to do.
+pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Failure> {
+    let work = settings.work()?;
+    match command {
+        RestoreCommand::Plan(args) => {
+            let request = args.target.request()?;
+            let repository = open_repository(work, &args.system).await?;
+            let plan = restore::plan(&repository, request).await?;
+            if args.output.json { output::print_json(&plan) } else { print_plan(&plan, &repository) }
+        }
+        RestoreCommand::Run(args) => {
+            let request = args.target.request()?;
+            let tablespaces = parse_mapping(&args.tablespace_mapping)?;
+            let repository = open_repository(work, &args.system).await?;
+            let plan = restore::plan(&repository, request).await?;
+            let restore_command = match &args.restore_command {
+                Some(command) => command.clone(),
+                None => default_restore_command(&work.helper, settings.process.wal_listen, &repository)?,
+            };
+            let options = RestoreOptions {
+                to: args.to.clone(),
+                inclusive: !args.target_exclusive,
+                action: args.target_action,
+                tablespaces,
+                restore_command,
+                parallelism: work.parallelism,
+            };
+            let progress = Arc::new(Progress::default());
+            if !args.output.json {
+                print_plan(&plan, &repository)?;
+            }
+            let shown = show_progress(progress.clone(), plan.backup.plain_bytes(), args.output.json);
+            let restored = restore::run(&repository, &plan, &options, progress).await;
+            shown.abort();
+            if output::watched() {
+                output::end_progress();
+            }
+            restored?;
+            if args.output.json {
+                return output::print_json(&plan);
+            }
+            output::print_line(&format!(
+                "Restored to {}. PostgreSQL recovers to {} when it starts there, on timeline {}, and then will {}.",
+                options.to.display(),
+                plan.target,
+                plan.timeline,
+                options.action
+            ))?;
+            output::print_line(
+                "If it starts beside the server that it's a copy of, give it another port and archive_mode=off.",
+            )
+        }
+    }
+}
+
+fn parse_mapping(texts: &[String]) -> Result<BTreeMap<String, String>, Failure> {
+    let parse = |text: &String| {
+        let (old, new) = text.split_once('=').ok_or_else(|| {
+            Failure::new(Code::InvalidRequest, format!("--tablespace-mapping: {text:?} is not OLD=NEW"))
+        })?;
+        Ok((old.trim_end_matches('/').to_owned(), new.trim_end_matches('/').to_owned()))
+    };
+    texts.iter().map(parse).collect()
+}
+
+/// The command that a restored server gets. It names the database system: the daemon may sit beside another one.
+fn default_restore_command(
+    helper: &std::path::Path,
+    address: SocketAddr,
+    repository: &Repository,
+) -> Result<String, Failure> {
+    let helper = helper.display().to_string();
+    // PostgreSQL hands it to a shell, after replacing %; quoting everything that is special there isn't worth it.
+    if helper.contains(['"', '\\', '$', '`', '%', '\n', '\'']) {
+        return Err(Failure::new(
+            Code::Misconfigured,
+            format!("PGSIDECAR_HELPER: {helper:?} has characters that are special to a shell"),
+        )
+        .hint("Choose another place for it, or give the whole command with --restore-command."));
+    }
+    Ok(format!(
+        "\"{helper}\" --address {address} restore --system-identifier {} %f \"%p\"",
+        repository.layout().system()
+    ))
+}
+
+fn show_progress(progress: Arc<Progress>, total: u64, json: bool) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move {
+        while output::watched() && !json {
+            let bytes = progress.bytes.load(Relaxed);
+            let percent = (bytes * 100).checked_div(total).unwrap_or(0);
+            output::progress(&format!("{} of {} ({percent} %)", output::size(bytes), output::size(total)));
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    })
+}
+
+fn print_plan(plan: &RestorePlan, repository: &Repository) -> Result<(), Failure> {
+    let lines = [
+        ("From", repository.store().description()),
+        (
+            "Backup",
+            format!(
+                "{}, complete at {} ({})",
+                plan.backup.id,
+                plan.backup.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ"),
+                plan.backup.stop_lsn
+            ),
+        ),
+        ("Target", format!("{}, on timeline {}", plan.target, plan.timeline)),
+        ("WAL", format!("from {}; without a gap through {} ({})", plan.wal_from, plan.wal_through, plan.reachable)),
+        (
+            "Size",
+            format!(
+                "{} to be written, {} to be read",
+                output::size(plan.backup.plain_bytes()),
+                output::size(plan.backup.stored_bytes())
+            ),
+        ),
+    ];
+    lines.iter().try_for_each(|(name, value)| output::print_line(&format!("{name:<7} {value}")))
+}

@@ -1,0 +1,54 @@
+//! `pgsidecar status`
+
+use serde_json::Value;
+
+use super::{OutputArgs, output};
+use crate::{client::Client, failure::Failure, settings::Settings};
+
+/// Shows the daemon's status.
+///
+/// # Errors
+/// If the daemon can't be reached.
+pub async fn run(settings: &Settings, args: OutputArgs) -> Result<(), Failure> {
+    // As the daemon tells it: a newer daemon may tell more than this program knows.
+    let status: Value = Client::new(&settings.process.control_socket).get("/v1/status").await?;
+    if args.json {
+        return output::print_json(&status);
+    }
+    let text = |path: &str| match status.pointer(path) {
+        None | Some(Value::Null) => "unknown".to_owned(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    };
+    let lines = [
+        ("State", text("/state")),
+        ("Repository", text("/repository")),
+        ("Cluster", format!("{} (system identifier {})", text("/cluster"), text("/system_identifier"))),
+        (
+            "Last archived",
+            match status.pointer("/archive/last_archived/file") {
+                Some(Value::String(file)) => format!("{file} at {}", text("/archive/last_archived/at")),
+                _ => "none since the daemon's start".to_owned(),
+            },
+        ),
+        ("Backlog", format!("{} files", text("/archive/backlog_files"))),
+        (
+            "Last backup",
+            match status.pointer("/last_backup/id") {
+                Some(Value::String(id)) => format!("{id}, complete at {}", text("/last_backup/stopped_at")),
+                _ => "none".to_owned(),
+            },
+        ),
+        ("Overwriting", text("/conditional_creation")),
+    ];
+    for (name, value) in lines {
+        output::print_line(&format!("{name:<14} {value}"))?;
+    }
+    for problem in status["problems"].as_array().into_iter().flatten() {
+        output::print_line(&format!("Problem        {}", problem["message"].as_str().unwrap_or_default()))?;
+        if let Some(hint) = problem["hint"].as_str().filter(|hint| !hint.is_empty()) {
+            output::print_line(&format!("               HINT: {hint}"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! What the command-line tool asks the daemon for, on a Unix socket.
+//!
+//! ```text
+//! POST /v1/backups               {"label": …, "fast": …}: starts a base backup; 202 with the job
+//! GET  /v1/backups               the backups in the repository
+//! GET  /v1/backups/{id}          one of them
+//! GET  /v1/jobs/{id}             a job
+//! GET  /v1/jobs/{id}/events      the job twice a second until it has ended, a JSON object a line
+//! GET  /v1/status
+//! ```
+
+use std::{io, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Limited};
+use hyper::{Method, Request, StatusCode, body::Incoming};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::sync::mpsc;
+
+use super::{Answer, json, no_such_route, streamed};
+use crate::{
+    backup::BackupRequest,
+    daemon::App,
+    failure::{Code, Failure},
+    jobs::JobId,
+};
+
+const MAX_REQUEST_BYTES: usize = 64 * 1024;
+const EVENT_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The body of `POST /v1/backups`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CreateBackup {
+    /// For `backup_label`.
+    pub label: Option<String>,
+    /// Whether to take the checkpoint at once instead of spreading it.
+    pub fast: bool,
+}
+
+/// Answers one request.
+///
+/// # Errors
+/// What the answer tells.
+pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer, Failure> {
+    let path = request.uri().path().to_owned();
+    let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    let not_found = |what: &str| Failure::new(Code::NotFound, format!("there is no {what}"));
+    match (request.method(), segments.as_slice()) {
+        (&Method::POST, ["v1", "backups"]) => {
+            let CreateBackup { label, fast } = read(request).await?;
+            let request = BackupRequest { label: label.unwrap_or_else(|| "pgsidecar".to_owned()), fast };
+            let job = app.start_backup(request)?;
+            Ok(json(StatusCode::ACCEPTED, &job.snapshot()))
+        }
+        (&Method::GET, ["v1", "backups"]) => Ok(json(StatusCode::OK, &app.repository()?.backups().await?)),
+        (&Method::GET, ["v1", "backups", id]) => {
+            let backup = match id.parse() {
+                Ok(id) => app.repository()?.backup(id).await?,
+                Err(_) => None,
+            };
+            Ok(json(StatusCode::OK, &backup.ok_or_else(|| not_found(&format!("backup {id}")))?))
+        }
+        (&Method::GET, ["v1", "jobs", id, rest @ ..]) => {
+            let job = id
+                .parse()
+                .ok()
+                .and_then(|id: JobId| app.jobs().get(id))
+                .ok_or_else(|| not_found(&format!("job {id}")))?;
+            match rest {
+                [] => Ok(json(StatusCode::OK, &job.snapshot())),
+                ["events"] => {
+                    let (sender, lines) = mpsc::channel::<io::Result<Bytes>>(2);
+                    tokio::spawn(async move {
+                        loop {
+                            let snapshot = job.snapshot();
+                            let mut line = serde_json::to_vec(&snapshot).unwrap_or_default();
+                            line.push(b'\n');
+                            if sender.send(Ok(Bytes::from(line))).await.is_err() || snapshot.outcome.is_some() {
+                                return;
+                            }
+                            job.ended(EVENT_INTERVAL).await;
+                        }
+                    });
+                    Ok(streamed("application/x-ndjson", None, lines))
+                }
+                _ => Err(no_such_route(&request)),
+            }
+        }
+        (&Method::GET, ["v1", "status"]) => Ok(json(StatusCode::OK, &app.status().await)),
+        _ => Err(no_such_route(&request)),
+    }
+}
+
+async fn read<T: DeserializeOwned + Default>(request: Request<Incoming>) -> Result<T, Failure> {
+    let body = Limited::new(request.into_body(), MAX_REQUEST_BYTES).collect().await;
+    let bytes = body
+        .map_err(|error| Failure::new(Code::InvalidRequest, format!("the request can't be read: {error}")))?
+        .to_bytes();
+    if bytes.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Failure::new(Code::InvalidRequest, format!("the request makes no sense: {error}")))
+}

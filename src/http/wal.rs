@@ -1,0 +1,142 @@
+//! What PostgreSQL needs, on loopback TCP.
+//!
+//! ```text
+//! PUT  /v1/wal/{name}            archive the request's body                        curl -fsS -T %p
+//! POST /v1/wal/{name}/archive    archive the file of that name in pg_wal           pgsidecar-wal archive %p
+//! GET  /v1/wal/{name}            the file; 404 not_in_archive only when the store said so
+//!                                ?system-identifier=N  of another database system of this cluster name
+//! GET  /v1/status                what is recoverable, backlog, last runs
+//! ```
+
+use std::{io::Read, sync::Arc};
+
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::{Method, Request, StatusCode, body::Incoming, header};
+use pgsidecar_core::{ArchiveFileName, SystemIdentifier};
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use super::{Answer, json, no_such_route, streamed};
+use crate::{
+    codec::{CHANNEL_CHUNKS, CHUNK, ChannelReader},
+    daemon::App,
+    failure::{Code, Failure},
+    repository::Stored,
+};
+
+#[derive(Serialize)]
+struct Archived {
+    name: ArchiveFileName,
+    already_archived: bool,
+}
+
+/// Answers one request.
+///
+/// # Errors
+/// What the answer tells.
+pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer, Failure> {
+    check_local(&request)?;
+    let path = request.uri().path().to_owned();
+    let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    match (request.method(), segments.as_slice()) {
+        (&Method::PUT, ["v1", "wal", name]) => {
+            let name = parse_name(name)?;
+            archive_body(&app, name, request).await.map(|stored| archived(name, stored))
+        }
+        (&Method::POST, ["v1", "wal", name, "archive"]) => {
+            let name = parse_name(name)?;
+            app.archive_file(name).await.map(|stored| archived(name, stored))
+        }
+        (&Method::GET, ["v1", "wal", name]) => fetch(&app, parse_name(name)?, request.uri().query()).await,
+        (&Method::GET, ["v1", "status"]) => Ok(json(StatusCode::OK, &app.status().await)),
+        _ => Err(no_such_route(&request)),
+    }
+}
+
+/// Browsers are brought to loopback by port-forwarding and by DNS names that change: neither has business here.
+fn check_local(request: &Request<Incoming>) -> Result<(), Failure> {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let refused = if !matches!(name, "127.0.0.1" | "localhost" | "[::1]") {
+        format!("the request is for host {name:?}, which isn't local")
+    } else if request.headers().contains_key(header::ORIGIN) {
+        "the request comes from a web page".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(Failure::new(Code::Forbidden, refused).hint("Ask 127.0.0.1 or localhost, from within the pod."))
+}
+
+fn parse_name(text: &str) -> Result<ArchiveFileName, Failure> {
+    text.parse()
+        .map_err(|error: pgsidecar_core::ParseArchiveFileNameError| Failure::new(Code::InvalidName, error.to_string()))
+}
+
+fn archived(name: ArchiveFileName, stored: Stored) -> Answer {
+    json(StatusCode::OK, &Archived { name, already_archived: stored == Stored::Already })
+}
+
+async fn archive_body(app: &Arc<App>, name: ArchiveFileName, request: Request<Incoming>) -> Result<Stored, Failure> {
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    let (sender, reader) = ChannelReader::new();
+    let mut body = request.into_body();
+    // Ends with the body, with the reader that refuses more, or with the connection.
+    let feed = async move {
+        while let Some(frame) = body.frame().await {
+            let chunk = match frame {
+                Ok(frame) => match frame.into_data() {
+                    Ok(data) => Ok(data),
+                    Err(_trailers) => continue,
+                },
+                Err(error) => Err(Failure::new(Code::InvalidRequest, format!("the body of {name} broke off: {error}"))
+                    .hint("Nothing was stored; the file has to be sent again.")),
+            };
+            let broken = chunk.is_err();
+            if sender.send(chunk).await.is_err() || broken {
+                return;
+            }
+        }
+    };
+    let (stored, ()) = tokio::join!(app.archive_body(name, reader, length), feed);
+    stored
+}
+
+async fn fetch(app: &Arc<App>, name: ArchiveFileName, query: Option<&str>) -> Result<Answer, Failure> {
+    let system = query.map(parse_query).transpose()?;
+    let mut file = app.fetch(name, system).await?;
+    let length = file.as_file().metadata().map_err(|error| Failure::io("reading the spool", &error))?.len();
+    let (sender, chunks) = mpsc::channel(CHANNEL_CHUNKS);
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = std::io::Seek::rewind(file.as_file_mut()) {
+            let _ = sender.blocking_send(Err(error));
+            return;
+        }
+        loop {
+            let mut chunk = Vec::with_capacity(CHUNK);
+            let read = file.as_file_mut().take(CHUNK as u64).read_to_end(&mut chunk);
+            let sent = match read {
+                Ok(0) => return,
+                Ok(_) => sender.blocking_send(Ok(Bytes::from(chunk))),
+                Err(error) => {
+                    let _ = sender.blocking_send(Err(error));
+                    return;
+                }
+            };
+            if sent.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(streamed("application/octet-stream", Some(length), chunks))
+}
+
+fn parse_query(query: &str) -> Result<SystemIdentifier, Failure> {
+    query
+        .strip_prefix("system-identifier=")
+        .and_then(|number| number.parse().ok())
+        .ok_or_else(|| Failure::new(Code::InvalidRequest, format!("{query:?} is not system-identifier=NUMBER")))
+}

@@ -1,0 +1,79 @@
+//! Metrics for Prometheus, in the OpenMetrics text format: the status, as numbers.
+
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::ConstCounter, gauge::ConstGauge, info::Info},
+    registry::Registry,
+};
+
+use crate::{daemon::Status, failure::Failure};
+
+/// Renders what the status says.
+///
+/// # Errors
+/// If the text can't be written.
+pub fn render(status: &Status) -> Result<String, Failure> {
+    let mut registry = Registry::with_prefix("pgsidecar");
+    registry.register("build", "Version of pgsidecar", Info::new(vec![("version", status.version)]));
+    registry.register(
+        "degraded",
+        "1 while something keeps pgsidecar from working; /v1/status says what",
+        flag(!status.problems.is_empty()),
+    );
+    registry.register(
+        "store_look_first",
+        "1 if the store doesn't refuse to overwrite by itself, so that two writers could pass each other",
+        flag(status.conditional_creation.as_deref().is_some_and(|text| text != "honoured")),
+    );
+    let archive = &status.archive;
+    registry.register(
+        "archived_files",
+        "WAL files acknowledged since the start",
+        ConstCounter::new(archive.statistics.archived_files),
+    );
+    registry.register(
+        "archive_failures",
+        "Requests to archive that failed since the start",
+        ConstCounter::new(archive.statistics.failures),
+    );
+    registry.register(
+        "archive_conflicts",
+        "Requests to archive that were refused because other content is there under that name",
+        ConstCounter::new(archive.statistics.conflicts),
+    );
+    if let Some(last) = &archive.statistics.last.last_archived {
+        registry.register(
+            "last_archived_timestamp_seconds",
+            "When a WAL file was acknowledged last",
+            ConstGauge::new(last.at.as_second()),
+        );
+    }
+    if let Some(files) = archive.backlog_files {
+        registry.register(
+            "archive_backlog_files",
+            "WAL files that PostgreSQL waits to have archived",
+            ConstGauge::new(i64::try_from(files).unwrap_or(i64::MAX)),
+        );
+    }
+    if let Some(seconds) = archive.oldest_ready_seconds {
+        registry.register(
+            "archive_backlog_seconds",
+            "Age of the oldest of them",
+            ConstGauge::new(i64::try_from(seconds).unwrap_or(i64::MAX)),
+        );
+    }
+    if let Some(at) = status.last_backup.as_ref().map(|backup| backup.stopped_at) {
+        registry.register(
+            "last_backup_timestamp_seconds",
+            "End of the last complete base backup",
+            ConstGauge::new(at.as_second()),
+        );
+    }
+    let mut text = String::new();
+    encode(&mut text, &registry).map_err(Failure::internal)?;
+    Ok(text)
+}
+
+fn flag(set: bool) -> ConstGauge<i64> {
+    ConstGauge::new(i64::from(set))
+}

@@ -1,0 +1,142 @@
+//! PostgreSQL's data directory on the shared volume, read-only.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use pgsidecar_core::ControlFile;
+
+use crate::failure::{Code, Failure};
+
+/// How often `pg_control` is read anew while its checksum doesn't hold: PostgreSQL writes its 512 bytes in one
+/// go, so a reader meets a torn one only for an instant.
+const CONTROL_FILE_TRIES: u32 = 50;
+const CONTROL_FILE_PAUSE: Duration = Duration::from_millis(20);
+/// PostgreSQL's PG_CONTROL_FILE_SIZE.
+const CONTROL_FILE_BYTES: u64 = 8192;
+
+/// A data directory that has been looked at: it exists, can be read and has a `PG_VERSION`.
+#[derive(Clone, Debug)]
+pub struct DataDirectory {
+    path: PathBuf,
+}
+
+/// What waits in `pg_wal/archive_status` to be archived.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// How many `.ready` files there are.
+    pub files: u64,
+    /// Age of the oldest.
+    pub oldest: Option<Duration>,
+}
+
+impl DataDirectory {
+    /// Looks at a directory.
+    ///
+    /// # Errors
+    /// [`Code::DataDirectory`] if it isn't a data directory or belongs to somebody else.
+    pub fn open(path: &Path) -> Result<DataDirectory, Failure> {
+        let shown = path.display();
+        let refuse = |message: String| Failure::new(Code::DataDirectory, message);
+        let unreadable = |error: &io::Error| {
+            let owner = fs::metadata(path).map(|meta| meta.uid());
+            let ours = rustix::process::geteuid().as_raw();
+            match (error.kind(), owner) {
+                (io::ErrorKind::PermissionDenied, Ok(owner)) if owner != ours => refuse(format!(
+                    "the data directory {shown} belongs to user {owner}, and pgsidecar runs as user {ours}"
+                ))
+                .hint(format!("Run the pgsidecar container as user {owner} (securityContext.runAsUser: {owner}).")),
+                _ => refuse(format!("the data directory {shown} can't be read: {error}")).hint(
+                    "Mount the volume of PostgreSQL's data at the same path in this container, and set PGDATA to it.",
+                ),
+            }
+        };
+        match fs::metadata(path.join("PG_VERSION")) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_dir() => {
+                return Err(refuse(format!("{shown} is not a data directory of PostgreSQL: it has no PG_VERSION"))
+                    .hint("Set PGDATA to the directory that 'SHOW data_directory' tells; before initdb has run this is normal."));
+            }
+            Err(error) => return Err(unreadable(&error)),
+        }
+        let data_directory = DataDirectory { path: path.to_owned() };
+        // PG_VERSION can be readable where the rest is not.
+        fs::File::open(data_directory.control_path()).map_err(|error| unreadable(&error))?;
+        Ok(data_directory)
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where PostgreSQL keeps its WAL.
+    pub fn wal(&self) -> PathBuf {
+        self.path.join("pg_wal")
+    }
+
+    fn control_path(&self) -> PathBuf {
+        self.path.join("global/pg_control")
+    }
+
+    /// The bytes of `pg_control`, whole: its checksum holds.
+    ///
+    /// # Errors
+    /// If it can't be read, is of a version that isn't known, or stays torn for a second.
+    pub fn control_bytes(&self) -> Result<(Vec<u8>, ControlFile), Failure> {
+        let path = self.control_path();
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let bytes = fs::read(&path).map_err(|error| Failure::io(format!("reading {}", path.display()), &error))?;
+            if bytes.len() as u64 > CONTROL_FILE_BYTES {
+                return Err(Failure::new(
+                    Code::DataDirectory,
+                    format!("{} is longer than a pg_control can be", path.display()),
+                ));
+            }
+            match ControlFile::parse(&bytes) {
+                Ok(control) => return Ok((bytes, control)),
+                Err(error) if error.is_torn() && tries < CONTROL_FILE_TRIES => std::thread::sleep(CONTROL_FILE_PAUSE),
+                Err(error) => {
+                    return Err(Failure::new(Code::DataDirectory, format!("{}: {error}", path.display()))
+                        .hint("pgsidecar knows PostgreSQL 14 to 18 on little-endian machines."));
+                }
+            }
+        }
+    }
+
+    /// `pg_control`, parsed.
+    ///
+    /// # Errors
+    /// As [`DataDirectory::control_bytes`].
+    pub fn control(&self) -> Result<ControlFile, Failure> {
+        self.control_bytes().map(|(_, control)| control)
+    }
+
+    /// What PostgreSQL has marked as ready to be archived.
+    ///
+    /// # Errors
+    /// If `archive_status` can't be read.
+    pub fn backlog(&self) -> io::Result<Backlog> {
+        let mut backlog = Backlog::default();
+        for entry in fs::read_dir(self.wal().join("archive_status"))? {
+            let entry = entry?;
+            if !entry.file_name().as_encoded_bytes().ends_with(b".ready") {
+                continue;
+            }
+            backlog.files += 1;
+            // A file that PostgreSQL has renamed meanwhile counts no more, but isn't an error.
+            let age = entry
+                .metadata()
+                .and_then(|meta| meta.modified())
+                .ok()
+                .and_then(|time| SystemTime::now().duration_since(time).ok());
+            backlog.oldest = backlog.oldest.max(age);
+        }
+        Ok(backlog)
+    }
+}

@@ -1,0 +1,483 @@
+//! The repository of one database system: what its objects mean, on top of a [`Store`] that knows only keys.
+//!
+//! Guarantees: creating is idempotent. The same content again is a success, other content under the same name
+//! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
+
+use std::{io::Write, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use pgsidecar_core::{
+    ArchiveFileName, BackupId, BackupRecord, ClusterName, ContentId, Layout, ObjectKey, SystemIdentifier,
+    TimelineHistory, TimelineId, WalSegmentSize,
+    layout::{BackupObject, RepositoryObject},
+    plan::{Catalog, WalScan},
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::{sync::mpsc, task::JoinHandle};
+
+use crate::{
+    codec::{self, ChannelReader, Compressed},
+    failure::{Code, Failure},
+    store::{ByteRange, Creation, ListRequest, Pages, Store, StoreError, Upload},
+};
+
+/// Compressed content up to this size is sent in one request, whose bytes are held in memory: a segment of the
+/// usual 16 MB, however badly it compresses.
+const SINGLE_REQUEST_BYTES: usize = 17 << 20;
+/// The largest small object (records, histories) that is read into memory.
+const SMALL_OBJECT_BYTES: u64 = 64 << 20;
+/// How often a broken download is taken up again before it fails.
+const DOWNLOAD_RETRIES: u32 = 4;
+
+/// `cluster.json`: what is the same for all WAL of a database system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterRecord {
+    /// The layout's version.
+    pub format: u32,
+    /// The database system.
+    pub system_identifier: SystemIdentifier,
+    /// Size of its WAL segments.
+    pub wal_segment_size: WalSegmentSize,
+}
+
+/// `started.json`: the claim of a backup's id, written before anything else of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupClaim {
+    /// The backup.
+    pub id: BackupId,
+    /// The pod or host that takes it.
+    pub instance: String,
+    /// Distinguishes this attempt from every other.
+    pub attempt: String,
+}
+
+/// The repository of one database system.
+#[derive(Clone, Debug)]
+pub struct Repository {
+    store: Arc<dyn Store>,
+    layout: Layout,
+    level: i32,
+}
+
+/// What came of storing content under a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// It's new.
+    New,
+    /// The same content was there already.
+    Already,
+}
+
+impl Repository {
+    /// The repository of this database system in this store; `level` is zstd's.
+    pub fn new(store: Arc<dyn Store>, layout: Layout, level: i32) -> Repository {
+        Repository { store, layout, level }
+    }
+
+    /// The database systems that a cluster name has in a store.
+    ///
+    /// # Errors
+    /// If the store can't be listed.
+    pub async fn systems(store: &dyn Store, cluster: &ClusterName) -> Result<Vec<SystemIdentifier>, Failure> {
+        let mut systems = Vec::new();
+        let mut pages = Pages::new(store, ListRequest::shallow(Layout::cluster_prefix(cluster)));
+        while let Some(page) = pages.next().await? {
+            systems.extend(page.prefixes.iter().filter_map(|prefix| Layout::system_of_prefix(cluster, prefix)));
+        }
+        Ok(systems)
+    }
+
+    /// Where its objects lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The store beneath.
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    /// Sends chunks to an object as they come, and makes it visible once they have ended *and* `complete` has
+    /// resolved. A channel that ends because its writer failed looks like one that is complete; `complete` is what
+    /// tells them apart. Up to `buffer` bytes are sent in one request that carries the plain content's identity.
+    ///
+    /// # Errors
+    /// The store's, or that of `complete`.
+    pub async fn upload(
+        &self,
+        key: &ObjectKey,
+        mut chunks: mpsc::Receiver<Bytes>,
+        buffer: usize,
+        complete: impl Future<Output = Result<Option<ContentId>, Failure>>,
+    ) -> Result<Creation, Failure> {
+        let mut buffered: Vec<u8> = Vec::new();
+        let mut upload: Option<Box<dyn Upload>> = None;
+        let fed = async {
+            while let Some(chunk) = chunks.recv().await {
+                match &mut upload {
+                    Some(upload) => upload.write(chunk).await?,
+                    None if buffered.len() + chunk.len() <= buffer => buffered.extend_from_slice(&chunk),
+                    None => {
+                        // The identity isn't known yet: a conflict of such an object is settled by reading it.
+                        let upload = upload.insert(self.store.begin(key, None).await?);
+                        if !buffered.is_empty() {
+                            upload.write(Bytes::from(std::mem::take(&mut buffered))).await?;
+                        }
+                        upload.write(chunk).await?;
+                    }
+                }
+            }
+            Ok::<(), StoreError>(())
+        };
+        let fed = fed.await;
+        // A failed upload makes the producer fail too, because its channel is closed: the upload's reason is the real one.
+        drop(chunks);
+        let completed = complete.await;
+        match (fed, completed, upload) {
+            (Ok(()), Ok(_), Some(upload)) => Ok(upload.finish().await?),
+            (Ok(()), Ok(content), None) => Ok(self.store.create(key, Bytes::from(buffered), content.as_ref()).await?),
+            (fed, completed, upload) => {
+                if let Some(upload) = upload {
+                    upload.abort().await;
+                }
+                fed?;
+                completed?;
+                Err(Failure::internal("an upload that neither failed nor succeeded"))
+            }
+        }
+    }
+
+    /// Stores a stream that [`codec::compress`] makes under a key, unless other content is there. `name` is for
+    /// messages.
+    ///
+    /// # Errors
+    /// The stream's own failure, the store's, or [`Code::Conflict`].
+    ///
+    /// # Cancellation
+    /// A dropped call leaves nothing visible, or the whole object.
+    pub async fn store_stream(
+        &self,
+        key: &ObjectKey,
+        name: &str,
+        stream: (mpsc::Receiver<Bytes>, JoinHandle<Result<Compressed, Failure>>),
+    ) -> Result<(Stored, Compressed), Failure> {
+        let (chunks, done) = stream;
+        let mut compressed = None;
+        let complete = async {
+            let made = done.await??;
+            compressed = Some(made);
+            Ok(Some(made.plain))
+        };
+        let creation = self.upload(key, chunks, SINGLE_REQUEST_BYTES, complete).await?;
+        let compressed = compressed.ok_or_else(|| Failure::internal("an upload without content"))?;
+        let stored = self.settle(key, name, creation, &compressed.plain).await?;
+        Ok((stored, compressed))
+    }
+
+    /// Tells a repeated creation from a conflict.
+    async fn settle(
+        &self,
+        key: &ObjectKey,
+        name: &str,
+        creation: Creation,
+        ours: &ContentId,
+    ) -> Result<Stored, Failure> {
+        if creation == Creation::Created {
+            return Ok(Stored::New);
+        }
+        let theirs = self.content_of(key).await?.ok_or_else(|| {
+            Failure::new(
+                Code::StoreUnavailable,
+                format!("{name} was there when it was to be stored, and gone when it was looked at"),
+            )
+            .hint("Nothing was stored. Find out what deletes objects in the repository.")
+        })?;
+        if theirs == *ours {
+            return Ok(Stored::Already);
+        }
+        Err(Failure::new(
+            Code::Conflict,
+            format!(
+                "{name} is already in the repository with other content: there SHA-256 {} ({} bytes), here {} ({} bytes)",
+                theirs.sha256.short(),
+                theirs.size,
+                ours.sha256.short(),
+                ours.size
+            ),
+        )
+        .hint(
+            "Nothing was overwritten. Two servers archive under one name: a copy of the database runs elsewhere, or this \
+             one went back in time without a new timeline. Give the copy another cluster name (PGSIDECAR_CLUSTER).",
+        ))
+    }
+
+    /// The identity of the plain content under a key: from its metadata, or, where it has none, by reading it.
+    async fn content_of(&self, key: &ObjectKey) -> Result<Option<ContentId>, Failure> {
+        match self.store.head(key).await? {
+            None => Ok(None),
+            Some(info) => match info.content {
+                Some(content) => Ok(Some(content)),
+                None => self.read_plain(key, std::io::sink()).await.map(|read| read.map(|(_, content)| content)),
+            },
+        }
+    }
+
+    /// Whether exactly this content is in the repository under this key. `None` if nothing is.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn has_content(&self, key: &ObjectKey, content: &ContentId) -> Result<Option<bool>, Failure> {
+        Ok(self.content_of(key).await?.map(|theirs| theirs == *content))
+    }
+
+    /// Reads a compressed object into `writer`, on a thread of the blocking pool, checking zstd's checksums and
+    /// the identity in its metadata. `None` only if the store says that it isn't there.
+    ///
+    /// # Errors
+    /// The store's; [`Code::Damaged`] if what came isn't what was stored; the writer's.
+    pub async fn read_plain<W>(&self, key: &ObjectKey, writer: W) -> Result<Option<(W, ContentId)>, Failure>
+    where
+        W: Write + Send + 'static,
+    {
+        let Some((expected, reader)) = self.open_stream(key).await? else { return Ok(None) };
+        let name = key.to_string();
+        let why = reader.failure();
+        let decode = move || {
+            let failed = |error: std::io::Error| match why.or_io("", &error) {
+                sent if sent.code != Code::Io => sent,
+                // What is left are zstd's complaints and the writer's.
+                _ if error.raw_os_error().is_some() => Failure::io("writing", &error),
+                _ => damaged(&name, &error.to_string()),
+            };
+            let mut decoder = zstd::stream::read::Decoder::new(reader).map_err(failed)?;
+            let mut hashing = codec::HashingWriter::new(writer);
+            std::io::copy(&mut decoder, &mut hashing).map_err(failed)?;
+            let (writer, content) = hashing.finish();
+            match expected {
+                Some(expected) if expected != content => Err(damaged(
+                    &name,
+                    &format!(
+                        "its content has SHA-256 {}, stored was {}",
+                        content.sha256.short(),
+                        expected.sha256.short()
+                    ),
+                )),
+                _ => Ok((writer, content)),
+            }
+        };
+        tokio::task::spawn_blocking(decode).await?.map(Some)
+    }
+
+    /// An object's bytes as they are stored, for a blocking reader; taken up again where a connection broke.
+    /// With them, the identity of the plain content as the metadata tell it.
+    ///
+    /// # Errors
+    /// The store's, if it can't even be begun; later ones come through the reader.
+    pub async fn open_stream(&self, key: &ObjectKey) -> Result<Option<(Option<ContentId>, ChannelReader)>, Failure> {
+        let Some(mut download) = self.store.get(key, ByteRange::All).await? else { return Ok(None) };
+        let content = download.info.content;
+        let (sender, reader) = ChannelReader::new();
+        let (store, key) = (self.store.clone(), key.clone());
+        tokio::spawn(async move {
+            let (mut position, mut retries) = (0, 0);
+            loop {
+                match download.next().await {
+                    Ok(None) => return,
+                    Ok(Some(chunk)) => {
+                        position += chunk.len() as u64;
+                        if sender.send(Ok(chunk)).await.is_err() {
+                            return;
+                        }
+                    }
+                    Err(error) if error.is_transient() && retries < DOWNLOAD_RETRIES => {
+                        retries += 1;
+                        tracing::debug!(%key, position, %error, "download broke off; taking it up again");
+                        tokio::time::sleep(Duration::from_millis(200 << retries)).await;
+                        // Objects never change, so the rest belongs to what we have.
+                        match store.get(&key, ByteRange::From(position)).await {
+                            Ok(Some(rest)) => download = rest,
+                            Ok(None) => {
+                                let gone = Failure::new(Code::Damaged, format!("{key} was deleted while it was read"));
+                                let _ = sender.send(Err(gone)).await;
+                                return;
+                            }
+                            Err(error) if error.is_transient() => {}
+                            Err(error) => {
+                                let _ = sender.send(Err(error.into())).await;
+                                return;
+                            }
+                        }
+                    }
+                    Err(error) => {
+                        let _ = sender.send(Err(error.into())).await;
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(Some((content, reader)))
+    }
+
+    /// Stores a small record as JSON.
+    ///
+    /// # Errors
+    /// The store's, or [`Code::Conflict`].
+    pub async fn store_json<T: Serialize>(&self, object: &RepositoryObject, record: &T) -> Result<Stored, Failure> {
+        let key = self.layout.key(object);
+        let mut json = serde_json::to_vec_pretty(record).map_err(Failure::internal)?;
+        json.push(b'\n');
+        let content = ContentId::of(&json);
+        let creation = self.store.create(&key, Bytes::from(json.clone()), Some(&content)).await?;
+        if creation == Creation::Created {
+            return Ok(Stored::New);
+        }
+        // Not compressed: its bytes are its content.
+        let there = match self.store.get(&key, ByteRange::All).await? {
+            Some(there) => Some(there.bytes(SMALL_OBJECT_BYTES).await?),
+            None => None,
+        };
+        match there {
+            Some(there) if there == json => Ok(Stored::Already),
+            _ => Err(Failure::new(Code::Conflict, format!("{key} is already there and says something else"))),
+        }
+    }
+
+    /// Reads a small record. `None` if it isn't there.
+    ///
+    /// # Errors
+    /// The store's; [`Code::Damaged`] if it can't be parsed.
+    pub async fn read_json<T: DeserializeOwned>(&self, object: &RepositoryObject) -> Result<Option<T>, Failure> {
+        let key = self.layout.key(object);
+        let Some(download) = self.store.get(&key, ByteRange::All).await? else { return Ok(None) };
+        let json = download.bytes(SMALL_OBJECT_BYTES).await?;
+        serde_json::from_slice(&json).map(Some).map_err(|error| damaged(key.as_str(), &error.to_string()))
+    }
+
+    /// Notes what is the same for all WAL of this system, if it isn't noted yet.
+    ///
+    /// # Errors
+    /// The store's; [`Code::Conflict`] if something else is noted.
+    pub async fn note_cluster(&self, wal_segment_size: WalSegmentSize) -> Result<(), Failure> {
+        let record = ClusterRecord { format: 1, system_identifier: self.layout.system(), wal_segment_size };
+        self.store_json(&RepositoryObject::Cluster, &record).await.map(|_| ())
+    }
+
+    /// Stores a timeline history, backup history file or segment that is small enough to be in memory.
+    ///
+    /// # Errors
+    /// The store's, or [`Code::Conflict`].
+    pub async fn store_bytes(&self, key: &ObjectKey, name: &str, bytes: Bytes) -> Result<Stored, Failure> {
+        let stream = codec::compress(self.level, move |out| {
+            out.write_all(&bytes).map_err(|error| Failure::io("compressing", &error))
+        });
+        self.store_stream(key, name, stream).await.map(|(stored, _)| stored)
+    }
+
+    /// zstd's level for what is stored.
+    pub fn level(&self) -> i32 {
+        self.level
+    }
+
+    /// All complete backups, oldest first.
+    ///
+    /// # Errors
+    /// The store's; [`Code::Damaged`] if a record can't be parsed.
+    pub async fn backups(&self) -> Result<Vec<BackupRecord>, Failure> {
+        let mut backups = Vec::new();
+        for id in self.backup_ids().await? {
+            backups.extend(self.backup(id).await?);
+        }
+        Ok(backups)
+    }
+
+    /// The ids of all backups, complete or not, oldest first.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn backup_ids(&self) -> Result<Vec<BackupId>, Failure> {
+        let mut ids = Vec::new();
+        let mut pages = Pages::new(&*self.store, ListRequest::shallow(self.layout.backups_prefix()));
+        while let Some(page) = pages.next().await? {
+            ids.extend(page.prefixes.iter().filter_map(|prefix| self.layout.backup_of_prefix(prefix)));
+        }
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    /// A backup's record; `None` if there is no such backup, or it isn't complete.
+    ///
+    /// # Errors
+    /// The store's; [`Code::Damaged`] if the record can't be parsed.
+    pub async fn backup(&self, id: BackupId) -> Result<Option<BackupRecord>, Failure> {
+        self.read_json(&RepositoryObject::Backup(id, BackupObject::Record)).await
+    }
+
+    /// The timelines that have WAL or a history.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn timelines(&self) -> Result<Vec<TimelineId>, Failure> {
+        let mut timelines = Vec::new();
+        let mut pages = Pages::new(&*self.store, ListRequest::shallow(self.layout.wal_prefix()));
+        while let Some(page) = pages.next().await? {
+            timelines.extend(page.prefixes.iter().filter_map(|prefix| self.layout.timeline_of_prefix(prefix)));
+        }
+        Ok(timelines)
+    }
+
+    /// A timeline's history file, as PostgreSQL wrote it.
+    ///
+    /// # Errors
+    /// The store's; [`Code::Damaged`].
+    pub async fn history_file(&self, timeline: TimelineId) -> Result<Option<Vec<u8>>, Failure> {
+        let key = self.layout.wal(&ArchiveFileName::History(timeline));
+        Ok(self.read_plain(&key, Vec::new()).await?.map(|(bytes, _)| bytes))
+    }
+
+    /// Backups and timeline histories: what a restore is planned from.
+    ///
+    /// # Errors
+    /// The store's; [`Code::Damaged`].
+    pub async fn catalog(&self) -> Result<Catalog, Failure> {
+        let mut histories = Vec::new();
+        for timeline in self.timelines().await? {
+            if let Some(bytes) = self.history_file(timeline).await? {
+                let history = TimelineHistory::parse(timeline, &bytes)
+                    .map_err(|error| damaged(&ArchiveFileName::History(timeline).to_string(), &error.to_string()))?;
+                histories.push(history);
+            }
+        }
+        Ok(Catalog { backups: self.backups().await?, histories })
+    }
+
+    /// Lists WAL into a scan, until it `reaches` a point or the archive ends.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn scan_wal(&self, mut scan: WalScan, until: Option<pgsidecar_core::Lsn>) -> Result<WalScan, Failure> {
+        for first in scan.listings() {
+            // '/' sorts below every digit, so 'after' the directory's own prefix of the name is before the segment.
+            let first_key = self.layout.wal(&ArchiveFileName::Segment(first));
+            let after = first_key.as_str().strip_suffix(".zst").unwrap_or(first_key.as_str()).to_owned();
+            let request = ListRequest::under(self.layout.timeline_prefix(first.timeline())).after(after);
+            let mut pages = Pages::new(&*self.store, request);
+            while let Some(page) = pages.next().await? {
+                for object in page.objects {
+                    if let Some(segment) = self.layout.parse(&object.key).and_then(|object| object.segment()) {
+                        scan.found(segment, object.modified);
+                    }
+                }
+                if until.is_some_and(|lsn| scan.reaches(lsn)) {
+                    return Ok(scan);
+                }
+            }
+        }
+        Ok(scan)
+    }
+}
+
+/// Something in the repository isn't what was stored.
+pub fn damaged(name: &str, how: &str) -> Failure {
+    Failure::new(Code::Damaged, format!("{name} in the repository is damaged: {how}"))
+        .hint("Nothing was changed. Restore another backup, or get this object back from a replica or an older version of the bucket.")
+}

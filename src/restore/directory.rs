@@ -1,0 +1,265 @@
+//! The directory that is restored to: claimed while it's filled, and cleared if that fails.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown},
+    path::{Path, PathBuf},
+};
+
+use pgsidecar_core::BackupRecord;
+
+use crate::failure::{Code, Failure};
+
+/// Says that what is in the directory comes from a restore that isn't complete.
+const MARKER: &str = "pgsidecar.restoring";
+
+/// Who is to own what is restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Whoever we are.
+    Ourselves,
+    /// We are root, and the directory that was there belongs to somebody: PostgreSQL runs as its owner.
+    Of {
+        /// User id.
+        uid: u32,
+        /// Group id.
+        gid: u32,
+    },
+    /// We are root, and only the backup tells.
+    AsInBackup,
+}
+
+/// A directory that has been claimed for a restore.
+#[derive(Clone, Debug)]
+pub struct TargetDirectory {
+    path: PathBuf,
+    created: bool,
+    owner: Owner,
+    /// Tablespaces' directories, and whether we created them.
+    tablespaces: Vec<(PathBuf, bool)>,
+}
+
+impl TargetDirectory {
+    /// Checks that the directory and those of the tablespaces are absent or empty and have room, then claims them.
+    ///
+    /// # Errors
+    /// [`Code::TargetDirectory`] with what is in the way. Nothing has been touched then.
+    pub fn prepare(
+        path: &Path,
+        tablespaces: &BTreeMap<u32, PathBuf>,
+        backup: &BackupRecord,
+    ) -> Result<TargetDirectory, Failure> {
+        if !path.is_absolute() {
+            return Err(Failure::new(Code::InvalidRequest, format!("{} is not an absolute path", path.display())));
+        }
+        check_free(path, true)?;
+        for target in tablespaces.values() {
+            check_free(target, false)?;
+        }
+        check_room(path, backup.plain_bytes())?;
+        let (created, owner) = create(path)?;
+        let mut directory = TargetDirectory { path: path.to_owned(), created, owner, tablespaces: Vec::new() };
+        directory.clear_content().map_err(|error| Failure::io(format!("clearing {}", path.display()), &error))?;
+        directory.write(MARKER, format!("{}\n", backup.id).as_bytes())?;
+        directory.sync_path(path)?;
+        for target in tablespaces.values() {
+            let (created, _) = create(target)?;
+            directory.tablespaces.push((target.clone(), created));
+        }
+        Ok(directory)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives a new file or directory to whom it has to belong. `backup` is what the backup says.
+    ///
+    /// # Errors
+    /// If the file system refuses.
+    pub fn own(&self, path: &Path, backup: (u32, u32)) -> io::Result<()> {
+        match self.owner {
+            Owner::Ourselves => Ok(()),
+            Owner::Of { uid, gid } => chown(path, Some(uid), Some(gid)),
+            Owner::AsInBackup => chown(path, Some(backup.0), Some(backup.1)),
+        }
+    }
+
+    /// Writes a new file, mode 0600, owned like the directory. Not yet durable.
+    ///
+    /// # Errors
+    /// If it exists or can't be written.
+    pub fn write(&self, name: &str, content: &[u8]) -> Result<(), Failure> {
+        let path = self.path.join(name);
+        self.create_file(&path, content)
+            .map(|_| ())
+            .map_err(|error| Failure::io(format!("writing {}", path.display()), &error))
+    }
+
+    fn create_file(&self, path: &Path, content: &[u8]) -> io::Result<File> {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(content)?;
+        let like = fs::metadata(&self.path)?;
+        self.own(path, (like.uid(), like.gid()))?;
+        Ok(file)
+    }
+
+    /// Writes a file so that it's there with all of its content, durably, or not at all.
+    ///
+    /// # Errors
+    /// If it can't be written.
+    pub fn write_durably(&self, name: &str, content: &[u8]) -> Result<(), Failure> {
+        let path = self.path.join(name);
+        let temporary = self.path.join(format!("{name}.pgsidecar-tmp"));
+        let write = || {
+            self.create_file(&temporary, content)?.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            File::open(path.parent().unwrap_or(&self.path))?.sync_all()
+        };
+        write().map_err(|error| Failure::io(format!("writing {}", path.display()), &error))
+    }
+
+    /// Makes everything that was written durable: one `syncfs` for each directory that may be a file system of its
+    /// own, instead of an fsync for each of thousands of files.
+    ///
+    /// # Errors
+    /// If the kernel reports a write error.
+    pub fn sync_file_systems(&self) -> Result<(), Failure> {
+        for path in std::iter::once(&self.path).chain(self.tablespaces.iter().map(|(path, _)| path)) {
+            let sync = || rustix::fs::syncfs(File::open(path)?).map_err(io::Error::from);
+            sync().map_err(|error| Failure::io(format!("syncing {}", path.display()), &error))?;
+        }
+        Ok(())
+    }
+
+    /// The directory is whole: takes the marker away.
+    ///
+    /// # Errors
+    /// If it can't be removed.
+    pub fn release(&self) -> Result<(), Failure> {
+        let marker = self.path.join(MARKER);
+        fs::remove_file(&marker).map_err(|error| Failure::io(format!("removing {}", marker.display()), &error))?;
+        self.sync_path(&self.path)
+    }
+
+    fn sync_path(&self, path: &Path) -> Result<(), Failure> {
+        File::open(path)
+            .and_then(|dir| dir.sync_all())
+            .map_err(|error| Failure::io(format!("syncing {}", path.display()), &error))
+    }
+
+    /// Removes what was written, `PG_VERSION` first. Directories that were there before stay.
+    ///
+    /// # Errors
+    /// If something can't be removed.
+    pub fn clear(&self) -> io::Result<()> {
+        match fs::remove_file(self.path.join("PG_VERSION")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        for (path, created) in &self.tablespaces {
+            clear_directory(path)?;
+            if *created {
+                fs::remove_dir(path)?;
+            }
+        }
+        self.clear_content()?;
+        if self.created { fs::remove_dir(&self.path) } else { Ok(()) }
+    }
+
+    /// The marker goes last: until then the directory is known as ours.
+    fn clear_content(&self) -> io::Result<()> {
+        let marker = self.path.join(MARKER);
+        for entry in fs::read_dir(&self.path)? {
+            let path = entry?.path();
+            if path != marker {
+                remove(&path)?;
+            }
+        }
+        match fs::remove_file(&marker) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn clear_directory(path: &Path) -> io::Result<()> {
+    fs::read_dir(path)?.try_for_each(|entry| remove(&entry?.path()))
+}
+
+/// Removes a file, a link (not what it points to) or a directory with its content.
+fn remove(path: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(path)?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
+}
+
+/// Refuses a directory with anything in it, unless it's what an interrupted restore left.
+fn check_free(path: &Path, may_be_remains: bool) -> Result<(), Failure> {
+    let refuse = |what: &str| {
+        Failure::new(Code::TargetDirectory, format!("{} {what}; nothing was changed", path.display()))
+            .hint("Name a directory that is empty or doesn't exist, on a volume with enough room.")
+    };
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => return Err(refuse("is not a directory")),
+        Err(error) => return Err(Failure::io(format!("reading {}", path.display()), &error)),
+    };
+    if entries.count() == 0 {
+        return Ok(());
+    }
+    if path.join("PG_VERSION").exists() {
+        return Err(refuse("holds a database"));
+    }
+    if may_be_remains && path.join(MARKER).exists() {
+        tracing::info!(directory = %path.display(), "the directory holds the remains of an interrupted restore; starting over");
+        return Ok(());
+    }
+    Err(refuse("is not empty"))
+}
+
+/// Whether the file system has room for what will be written.
+fn check_room(path: &Path, bytes: u64) -> Result<(), Failure> {
+    // The nearest directory that exists tells which file system it will be.
+    let Some(existing) = path.ancestors().find(|ancestor| ancestor.exists()) else { return Ok(()) };
+    let Ok(stat) = rustix::fs::statvfs(existing) else { return Ok(()) };
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if free >= bytes {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::TargetDirectory,
+        format!(
+            "{} has room for {} MB, and the backup needs {} MB; nothing was changed",
+            existing.display(),
+            free >> 20,
+            bytes >> 20
+        ),
+    )
+    .hint("Make room, or restore to another volume."))
+}
+
+/// Creates a directory if it isn't there; tells whether it did, and who is to own what comes into it.
+fn create(path: &Path) -> Result<(bool, Owner), Failure> {
+    let root = rustix::process::geteuid().is_root();
+    let create = || match fs::metadata(path) {
+        Ok(meta) => {
+            // PostgreSQL refuses a data directory that others can read.
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
+            let owner = if root && meta.uid() != 0 {
+                Owner::Of { uid: meta.uid(), gid: meta.gid() }
+            } else {
+                Owner::AsInBackup
+            };
+            Ok((false, if root { owner } else { Owner::Ourselves }))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+            Ok((true, if root { Owner::AsInBackup } else { Owner::Ourselves }))
+        }
+        Err(error) => Err(error),
+    };
+    create().map_err(|error| Failure::io(format!("creating {}", path.display()), &error))
+}

@@ -1,0 +1,647 @@
+//! Settings, from the environment and from flags.
+//!
+//! [`RawSettings`] is what clap reads: texts. [`Settings::resolve`] turns them into types once, and gathers
+//! *all* that is wrong. A command ends with exit code 78 then. The daemon comes up all the same (a database
+//! must not fail to start because of a missing Secret) with what it needs to say what's wrong: the listeners,
+//! which fall back to their defaults, and the list of errors.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::Args;
+use pgsidecar_core::settings::{ClusterName, RepositoryUrl, parse_bytes, parse_duration};
+
+use crate::failure::{Code, Failure};
+
+const DEFAULT_WAL_LISTEN: &str = "127.0.0.1:7433";
+const DEFAULT_HEALTH_LISTEN: &str = "0.0.0.0:7434";
+const DEFAULT_CONTROL_SOCKET: &str = "/run/pgsidecar/control.sock";
+
+/// The settings as they are written. Each can be given by a flag or by the environment; the flag wins.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Settings")]
+pub struct RawSettings {
+    /// Where backups and WAL are kept: s3://BUCKET/PREFIX or file:///DIRECTORY
+    #[arg(long, global = true, env = "PGSIDECAR_REPOSITORY", value_name = "URL", hide_env_values = true)]
+    pub repository: Option<String>,
+    /// Name of this database in the repository [default in Kubernetes: NAMESPACE/WORKLOAD, else: main]
+    #[arg(long, global = true, env = "PGSIDECAR_CLUSTER", value_name = "NAME", hide_env_values = true)]
+    pub cluster: Option<String>,
+    /// PostgreSQL's data directory, on the volume shared with it
+    #[arg(long, global = true, env = "PGDATA", value_name = "DIR", hide_env_values = true)]
+    pub pgdata: Option<String>,
+    /// Directory of PostgreSQL's socket, or its host [default: 127.0.0.1]
+    #[arg(long, global = true, env = "PGHOST", value_name = "HOST", hide_env_values = true, hide_short_help = true)]
+    pub pghost: Option<String>,
+    /// PostgreSQL's port [default: 5432]
+    #[arg(long, global = true, env = "PGPORT", value_name = "PORT", hide_env_values = true, hide_short_help = true)]
+    pub pgport: Option<String>,
+    /// Role for backups; 'pgsidecar check --explain' prints the rights it needs [default: postgres]
+    #[arg(long, global = true, env = "PGUSER", value_name = "ROLE", hide_env_values = true, hide_short_help = true)]
+    pub pguser: Option<String>,
+    /// Database to connect to [default: postgres]
+    #[arg(
+        long,
+        global = true,
+        env = "PGDATABASE",
+        value_name = "NAME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub pgdatabase: Option<String>,
+    /// File with passwords, read anew for each connection; PGPASSWORD is honoured too [default: ~/.pgpass]
+    #[arg(
+        long,
+        global = true,
+        env = "PGPASSFILE",
+        value_name = "FILE",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub pgpassfile: Option<String>,
+    /// Endpoint of an S3-compatible store [default: AWS]
+    #[arg(
+        long,
+        global = true,
+        env = "AWS_ENDPOINT_URL_S3",
+        value_name = "URL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub s3_endpoint: Option<String>,
+    /// Region of the bucket
+    #[arg(
+        long,
+        global = true,
+        env = "AWS_REGION",
+        value_name = "REGION",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub s3_region: Option<String>,
+    /// Put the bucket into the path instead of the host name: true or false [default: true with an endpoint]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_S3_PATH_STYLE",
+        value_name = "BOOL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub s3_path_style: Option<String>,
+    /// zstd level for WAL and backups, 1 to 19 [default: 1]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_COMPRESSION_LEVEL",
+        value_name = "LEVEL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub compression_level: Option<String>,
+    /// Threads that read and compress a base backup, or write a restore, 1 to 16 [default: 2]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_PARALLELISM",
+        value_name = "N",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub parallelism: Option<String>,
+    /// Tar data per part of a base backup, before compression [default: 1GB]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_PART_SIZE",
+        value_name = "SIZE",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub part_size: Option<String>,
+    /// How long a backup waits for its last WAL to be archived [default: 5min]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_BACKUP_WAL_TIMEOUT",
+        value_name = "TIME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub backup_wal_timeout: Option<String>,
+    /// Directory for WAL on its way to PostgreSQL, on a disk volume [default: pgsidecar-spool in the temporary directory]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_SPOOL",
+        value_name = "DIR",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub spool: Option<String>,
+    /// Loopback address for archive_command and restore_command [default: 127.0.0.1:7433]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_WAL_LISTEN",
+        value_name = "ADDRESS",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub wal_listen: Option<String>,
+    /// Address for the kubelet's probes and Prometheus [default: 0.0.0.0:7434]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_HEALTH_LISTEN",
+        value_name = "ADDRESS",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub health_listen: Option<String>,
+    /// Unix socket for this command-line tool [default: /run/pgsidecar/control.sock]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_CONTROL_SOCKET",
+        value_name = "PATH",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub control_socket: Option<String>,
+    /// pgsidecar-wal as PostgreSQL sees it, for the restore_command of restored servers [default: beside pgsidecar]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_HELPER",
+        value_name = "PATH",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub helper: Option<String>,
+    /// How long work that is under way may take after SIGTERM [default: 60s]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_DRAIN_TIMEOUT",
+        value_name = "TIME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub drain_timeout: Option<String>,
+    /// error, warn, info, debug or trace [default: info for the daemon, warn for commands]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_LOG",
+        value_name = "LEVEL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub log: Option<String>,
+    /// text or json [default: text]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_LOG_FORMAT",
+        value_name = "FORMAT",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub log_format: Option<String>,
+}
+
+/// What the environment tells of the pod, by the downward API.
+#[derive(Clone, Debug, Default)]
+pub struct PodEnvironment {
+    /// `POD_NAMESPACE`
+    pub namespace: Option<String>,
+    /// `POD_NAME`
+    pub name: Option<String>,
+    /// The host's name, which is the pod's name in Kubernetes.
+    pub host_name: String,
+}
+
+impl PodEnvironment {
+    /// Reads the process's environment.
+    pub fn from_process() -> PodEnvironment {
+        let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        PodEnvironment {
+            namespace: var("POD_NAMESPACE"),
+            name: var("POD_NAME"),
+            host_name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        }
+    }
+
+    /// The pod's name, or the host's outside of Kubernetes: who does the work.
+    pub fn instance(&self) -> &str {
+        self.name.as_deref().unwrap_or(&self.host_name)
+    }
+}
+
+/// Settings, checked.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What the process needs to answer at all.
+    pub process: ProcessSettings,
+    /// What its work needs.
+    pub work: Result<WorkSettings, SettingErrors>,
+}
+
+/// What the process needs to answer at all. A wrong value falls back to the default and is listed in the errors.
+#[derive(Clone, Debug)]
+pub struct ProcessSettings {
+    /// Where PostgreSQL's commands reach the daemon.
+    pub wal_listen: SocketAddr,
+    /// Where probes and Prometheus reach it.
+    pub health_listen: SocketAddr,
+    /// Where the command-line tool reaches it.
+    pub control_socket: PathBuf,
+    /// How long work under way may take after the first signal.
+    pub drain_timeout: Duration,
+}
+
+/// What the work needs.
+#[derive(Clone, Debug)]
+pub struct WorkSettings {
+    /// Where the repository is.
+    pub repository: RepositoryUrl,
+    /// How S3 is reached, if it's there.
+    pub s3: S3Settings,
+    /// This database's name in the repository.
+    pub cluster: ClusterName,
+    /// Who does the work: pod or host.
+    pub instance: String,
+    /// PostgreSQL's data directory, where one was named.
+    pub pgdata: Option<PathBuf>,
+    /// How PostgreSQL is reached.
+    pub connection: ConnectionSettings,
+    /// zstd's level.
+    pub compression_level: i32,
+    /// Threads of a backup or a restore.
+    pub parallelism: usize,
+    /// Plain bytes of a part.
+    pub part_size: u64,
+    /// How long a backup waits for its last WAL.
+    pub backup_wal_timeout: Duration,
+    /// Where WAL lies on its way to PostgreSQL.
+    pub spool: PathBuf,
+    /// `pgsidecar-wal` as PostgreSQL sees it.
+    pub helper: PathBuf,
+}
+
+/// How S3 is reached. Credentials come from the SDK's chain.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct S3Settings {
+    /// An endpoint other than AWS's.
+    pub endpoint: Option<String>,
+    /// The bucket's region.
+    pub region: Option<String>,
+    /// Whether the bucket stands in the path; `None` leaves it to the endpoint.
+    pub path_style: Option<bool>,
+}
+
+/// How PostgreSQL is reached. Passwords are read for each connection, never kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectionSettings {
+    /// Host name, address or directory of the socket.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Role.
+    pub user: String,
+    /// Database.
+    pub database: String,
+    /// File with passwords.
+    pub passfile: Option<PathBuf>,
+}
+
+/// Everything that is wrong with the settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SettingErrors(pub Vec<SettingError>);
+
+/// One setting that can't be used, with the reason.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{name}: {problem}")]
+pub struct SettingError {
+    /// The environment variable.
+    pub name: &'static str,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+impl fmt::Display for SettingErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<String> = self.0.iter().map(SettingError::to_string).collect();
+        f.write_str(&lines.join("; "))
+    }
+}
+
+impl From<SettingErrors> for Failure {
+    fn from(errors: SettingErrors) -> Failure {
+        let plural = if errors.0.len() == 1 { "setting is" } else { "settings are" };
+        Failure::new(Code::Misconfigured, format!("{} {plural} wrong: {errors}", errors.0.len()))
+            .hint("Each can be given as a flag or in the environment; 'pgsidecar --help' lists them.")
+    }
+}
+
+/// Gathers errors while values are resolved.
+struct Resolver(Vec<SettingError>);
+
+impl Resolver {
+    fn error(&mut self, name: &'static str, problem: impl fmt::Display) {
+        self.0.push(SettingError { name, problem: problem.to_string() });
+    }
+
+    /// The value that `parse` makes of the text, or `default` if there is none or it's wrong.
+    fn value<T, E: fmt::Display>(
+        &mut self,
+        name: &'static str,
+        text: Option<&String>,
+        default: T,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> T {
+        match text.map(String::as_str).filter(|text| !text.is_empty()).map(parse) {
+            None => default,
+            Some(Ok(value)) => value,
+            Some(Err(problem)) => {
+                self.error(name, problem);
+                default
+            }
+        }
+    }
+}
+
+/// A number within bounds.
+fn number_between<T>(low: T, high: T) -> impl FnOnce(&str) -> Result<T, String>
+where
+    T: std::str::FromStr + PartialOrd + fmt::Display,
+{
+    move |text| match text.parse::<T>() {
+        Ok(number) if (&low..=&high).contains(&&number) => Ok(number),
+        _ => Err(format!("{text:?} is not a number from {low} to {high}")),
+    }
+}
+
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    let path = Path::new(text);
+    path.is_absolute().then(|| path.to_owned()).ok_or_else(|| format!("{text:?} is not an absolute path"))
+}
+
+impl Settings {
+    /// Checks the settings and gathers all errors.
+    pub fn resolve(raw: &RawSettings, pod: &PodEnvironment) -> Settings {
+        let mut resolver = Resolver(Vec::new());
+        let process = resolve_process(&mut resolver, raw);
+        let work = resolve_work(&mut resolver, raw, pod);
+        let work = match work {
+            Some(work) if resolver.0.is_empty() => Ok(work),
+            _ => Err(SettingErrors(resolver.0)),
+        };
+        Settings { process, work }
+    }
+
+    /// Adds an error that was found elsewhere.
+    pub fn add_error(&mut self, error: SettingError) {
+        match &mut self.work {
+            Ok(_) => self.work = Err(SettingErrors(vec![error])),
+            Err(errors) => errors.0.push(error),
+        }
+    }
+
+    /// The settings for work.
+    ///
+    /// # Errors
+    /// All that is wrong with the settings.
+    pub fn work(&self) -> Result<&WorkSettings, Failure> {
+        self.work.as_ref().map_err(|errors| errors.clone().into())
+    }
+}
+
+impl WorkSettings {
+    /// The data directory.
+    ///
+    /// # Errors
+    /// If none was named.
+    pub fn pgdata(&self) -> Result<&Path, Failure> {
+        self.pgdata.as_deref().ok_or_else(|| {
+            Failure::new(Code::Misconfigured, "PGDATA: PostgreSQL's data directory is needed here, and not set")
+                .hint("Set PGDATA or --pgdata to the directory, as mounted in this container.")
+        })
+    }
+}
+
+fn resolve_process(resolver: &mut Resolver, raw: &RawSettings) -> ProcessSettings {
+    let address =
+        |text: &str| text.parse::<SocketAddr>().map_err(|_| format!("{text:?} is not an address like 127.0.0.1:7433"));
+    let loopback = |text: &str| {
+        let address = address(text)?;
+        // The API for WAL has no authentication: who reaches it can read and add WAL.
+        address.ip().is_loopback().then_some(address).ok_or_else(|| format!("{text:?} is not a loopback address"))
+    };
+    let fixed =
+        |text: &str| SocketAddr::from(address(text).unwrap_or_else(|_| SocketAddr::from(([127, 0, 0, 1], 7433))));
+    ProcessSettings {
+        wal_listen: resolver.value(
+            "PGSIDECAR_WAL_LISTEN",
+            raw.wal_listen.as_ref(),
+            fixed(DEFAULT_WAL_LISTEN),
+            loopback,
+        ),
+        health_listen: resolver.value(
+            "PGSIDECAR_HEALTH_LISTEN",
+            raw.health_listen.as_ref(),
+            fixed(DEFAULT_HEALTH_LISTEN),
+            address,
+        ),
+        control_socket: resolver.value(
+            "PGSIDECAR_CONTROL_SOCKET",
+            raw.control_socket.as_ref(),
+            PathBuf::from(DEFAULT_CONTROL_SOCKET),
+            absolute,
+        ),
+        drain_timeout: resolver.value(
+            "PGSIDECAR_DRAIN_TIMEOUT",
+            raw.drain_timeout.as_ref(),
+            Duration::from_secs(60),
+            parse_duration,
+        ),
+    }
+}
+
+fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment) -> Option<WorkSettings> {
+    let repository =
+        resolver.value("PGSIDECAR_REPOSITORY", raw.repository.as_ref(), None, |text| text.parse().map(Some));
+    if raw.repository.as_deref().unwrap_or_default().is_empty() {
+        resolver.error(
+            "PGSIDECAR_REPOSITORY",
+            "not set; it says where backups are kept: s3://BUCKET/PREFIX or file:///DIRECTORY",
+        );
+    }
+    let cluster = match raw.cluster.as_deref().filter(|text| !text.is_empty()) {
+        Some(text) => text.parse(),
+        None => default_cluster(pod).parse(),
+    };
+    let cluster: Option<ClusterName> = match cluster {
+        Ok(cluster) => Some(cluster),
+        Err(problem) => {
+            resolver.error("PGSIDECAR_CLUSTER", problem);
+            None
+        }
+    };
+    let boolean = |text: &str| match text {
+        "true" | "1" | "on" => Ok(Some(true)),
+        "false" | "0" | "off" => Ok(Some(false)),
+        _ => Err(format!("{text:?} is neither true nor false")),
+    };
+    let endpoint = |text: &str| {
+        let http = text.starts_with("http://") || text.starts_with("https://");
+        http.then(|| Some(text.to_owned()))
+            .ok_or_else(|| format!("{text:?} is not a URL that begins with http:// or https://"))
+    };
+    let text = |value: &Option<String>, default: &str| {
+        value.clone().filter(|text| !text.is_empty()).unwrap_or_else(|| default.to_owned())
+    };
+    let home = std::env::var_os("HOME").map(PathBuf::from);
+    Some(WorkSettings {
+        s3: S3Settings {
+            endpoint: resolver.value("AWS_ENDPOINT_URL_S3", raw.s3_endpoint.as_ref(), None, endpoint),
+            region: raw.s3_region.clone().filter(|text| !text.is_empty()),
+            path_style: resolver.value("PGSIDECAR_S3_PATH_STYLE", raw.s3_path_style.as_ref(), None, boolean),
+        },
+        instance: pod.instance().to_owned(),
+        pgdata: resolver.value("PGDATA", raw.pgdata.as_ref(), None, |text| absolute(text).map(Some)),
+        connection: ConnectionSettings {
+            host: text(&raw.pghost, "127.0.0.1"),
+            port: resolver.value("PGPORT", raw.pgport.as_ref(), 5432, number_between(1, u16::MAX)),
+            user: text(&raw.pguser, "postgres"),
+            database: text(&raw.pgdatabase, "postgres"),
+            passfile: raw.pgpassfile.clone().map(PathBuf::from).or_else(|| home.map(|home| home.join(".pgpass"))),
+        },
+        compression_level: resolver.value(
+            "PGSIDECAR_COMPRESSION_LEVEL",
+            raw.compression_level.as_ref(),
+            1,
+            number_between(1, 19),
+        ),
+        parallelism: resolver.value("PGSIDECAR_PARALLELISM", raw.parallelism.as_ref(), 2, number_between(1, 16)),
+        part_size: resolver.value("PGSIDECAR_PART_SIZE", raw.part_size.as_ref(), 1 << 30, |text| {
+            match parse_bytes(text) {
+                Ok(bytes) if (1 << 20..=64 << 30).contains(&bytes) => Ok(bytes),
+                Ok(_) => Err(format!("{text:?} is not between 1MB and 64GB")),
+                Err(problem) => Err(problem.to_string()),
+            }
+        }),
+        backup_wal_timeout: resolver.value(
+            "PGSIDECAR_BACKUP_WAL_TIMEOUT",
+            raw.backup_wal_timeout.as_ref(),
+            Duration::from_secs(300),
+            parse_duration,
+        ),
+        spool: resolver.value(
+            "PGSIDECAR_SPOOL",
+            raw.spool.as_ref(),
+            std::env::temp_dir().join("pgsidecar-spool"),
+            absolute,
+        ),
+        helper: resolver.value("PGSIDECAR_HELPER", raw.helper.as_ref(), default_helper(), absolute),
+        repository: repository?,
+        cluster: cluster?,
+    })
+}
+
+/// `pgsidecar-wal` beside the running executable.
+fn default_helper() -> PathBuf {
+    let beside = std::env::current_exe().ok().and_then(|exe| exe.parent().map(|dir| dir.join("pgsidecar-wal")));
+    beside.unwrap_or_else(|| PathBuf::from("/usr/local/bin/pgsidecar-wal"))
+}
+
+/// `NAMESPACE/WORKLOAD` in Kubernetes, `main` elsewhere. Two databases never meet under one name: their system
+/// identifiers keep them apart.
+fn default_cluster(pod: &PodEnvironment) -> String {
+    match (&pod.namespace, &pod.name) {
+        (Some(namespace), Some(name)) => format!("{namespace}/{}", workload_of(name)),
+        _ => "main".to_owned(),
+    }
+}
+
+/// The workload's name in a pod's: without a StatefulSet's ordinal, or without a Deployment's two hashes.
+fn workload_of(pod: &str) -> &str {
+    // The alphabet of Kubernetes' random suffixes (rand.SafeEncodeString).
+    let is_hash = |part: &str, lengths: std::ops::RangeInclusive<usize>| {
+        lengths.contains(&part.len()) && part.bytes().all(|b| b"bcdfghjklmnpqrstvwxz2456789".contains(&b))
+    };
+    match pod.rsplit_once('-') {
+        Some((workload, ordinal)) if !ordinal.is_empty() && ordinal.bytes().all(|b| b.is_ascii_digit()) => workload,
+        Some((rest, hash)) if is_hash(hash, 5..=5) => match rest.rsplit_once('-') {
+            Some((workload, template)) if is_hash(template, 6..=10) => workload,
+            _ => pod,
+        },
+        _ => pod,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(namespace: &str, name: &str) -> PodEnvironment {
+        PodEnvironment { namespace: Some(namespace.into()), name: Some(name.into()), host_name: "host".into() }
+    }
+
+    fn raw() -> RawSettings {
+        RawSettings { repository: Some("s3://backups/pg".into()), ..RawSettings::default() }
+    }
+
+    #[test]
+    fn a_repository_is_all_that_must_be_set() {
+        let settings = Settings::resolve(&raw(), &PodEnvironment::default());
+        assert_eq!(settings.work.unwrap().cluster.as_str(), "main");
+        assert_eq!(settings.process.wal_listen.to_string(), DEFAULT_WAL_LISTEN);
+        assert_eq!(settings.process.health_listen.to_string(), DEFAULT_HEALTH_LISTEN);
+    }
+
+    #[test]
+    fn in_kubernetes_the_workload_names_the_cluster() {
+        for (name, workload) in [
+            ("orders-db-0", "orders-db"),
+            ("orders-db-12", "orders-db"),
+            ("orders-7c5ddbdf54-x2x4z", "orders"),
+            ("standalone", "standalone"),
+            ("my-database", "my-database"),
+        ] {
+            let settings = Settings::resolve(&raw(), &pod("shop", name));
+            assert_eq!(settings.work.unwrap().cluster.as_str(), format!("shop/{workload}"));
+        }
+    }
+
+    #[test]
+    fn all_errors_are_told_together_and_the_listeners_stay() {
+        let raw = RawSettings {
+            repository: Some("ftp://x".into()),
+            cluster: Some("../x".into()),
+            pgport: Some("0".into()),
+            pgdata: Some("relative".into()),
+            wal_listen: Some("0.0.0.0:80".into()),
+            health_listen: Some("0.0.0.0:9000".into()),
+            compression_level: Some("99".into()),
+            ..RawSettings::default()
+        };
+        let settings = Settings::resolve(&raw, &PodEnvironment::default());
+        assert_eq!(settings.process.wal_listen.to_string(), DEFAULT_WAL_LISTEN);
+        assert_eq!(settings.process.health_listen.to_string(), "0.0.0.0:9000");
+        let failure = settings.work().unwrap_err();
+        assert_eq!(failure.code.exit_code(), 78);
+        insta::assert_snapshot!(failure.message.replace("; ", "\n"), @"");
+    }
+
+    #[test]
+    fn without_a_repository_the_error_says_what_to_set() {
+        let settings = Settings::resolve(&RawSettings::default(), &PodEnvironment::default());
+        insta::assert_snapshot!(settings.work().unwrap_err().message, @"");
+    }
+}

@@ -1,0 +1,143 @@
+//! What the AWS tools' environment variables do. Each case runs in a process of its own, started by its test: a
+//! process's environment is shared by all the tests in it.
+
+use std::{path::Path, process::Command};
+
+use bytes::Bytes;
+use pgsidecar::store::{Creation, S3Config, S3Store, Store, StoreErrorKind};
+
+use crate::{
+    scripted::{Reply, Scripted, probe},
+    support::key,
+};
+
+const CASE: &str = "PGSIDECAR_STORE_TEST";
+
+/// Runs the test `case` of this file in a new process with only this environment.
+fn run(case: &str, environment: &[(&str, &str)]) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("environment::{case}"), "--nocapture"])
+        .env_clear()
+        .env(CASE, case)
+        .env("AWS_EC2_METADATA_DISABLED", "true")
+        .env("HOME", "/nonexistent")
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+}
+
+/// Whether this is the process that was started for this case.
+fn is_case(case: &str) -> bool {
+    std::env::var(CASE).is_ok_and(|this| this == case)
+}
+
+async fn create(config: S3Config) -> Result<Creation, pgsidecar::store::StoreError> {
+    let config = S3Config { bucket: "backups".to_owned(), ..config };
+    S3Store::new(config).await.create(&key("a"), Bytes::from_static(b"x"), None).await
+}
+
+fn recorder() -> (Scripted, String) {
+    let server = Scripted::start(|request, _| probe(request).unwrap_or_else(Reply::stored));
+    let endpoint = format!("http://127.0.0.1:{}", server.port);
+    (server, endpoint)
+}
+
+#[tokio::test]
+async fn case_create() {
+    if is_case("case_create") {
+        create(S3Config::default()).await.unwrap();
+    }
+}
+
+#[test]
+fn endpoint_region_and_keys_come_from_the_environment() {
+    let (server, endpoint) = recorder();
+    let environment = [
+        ("AWS_ENDPOINT_URL_S3", endpoint.as_str()),
+        ("AWS_REGION", "eu-north-7"),
+        ("AWS_ACCESS_KEY_ID", "akid"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_SESSION_TOKEN", "token"),
+    ];
+    run("case_create", &environment);
+    let request = server.requests().pop().unwrap();
+    let authorization = request.header("authorization").unwrap();
+    assert!(authorization.contains("Credential=akid/") && authorization.contains("/eu-north-7/s3/"), "{authorization}");
+    assert_eq!(request.header("x-amz-security-token"), Some("token"));
+    assert!(request.target.starts_with("/backups/a"), "path style with an endpoint: {}", request.target);
+    assert!(request.header("x-amz-checksum-crc32").is_some());
+}
+
+#[test]
+fn checksums_that_a_server_does_not_take_can_be_switched_off() {
+    let (server, endpoint) = recorder();
+    let environment = [
+        ("AWS_ENDPOINT_URL", endpoint.as_str()),
+        ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
+        ("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required"),
+        ("AWS_ACCESS_KEY_ID", "akid"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+    ];
+    run("case_create", &environment);
+    for request in server.requests() {
+        assert!(!request.headers.iter().any(|(name, _)| name.contains("checksum")), "{request:?}");
+        assert!(request.header("authorization").unwrap().contains("/us-east-1/s3/"));
+        assert_eq!(request.header("transfer-encoding"), None);
+    }
+}
+
+#[tokio::test]
+async fn case_no_credentials() {
+    if is_case("case_no_credentials") {
+        let error = create(S3Config { endpoint: Some("http://127.0.0.1:9".to_owned()), ..S3Config::default() }).await;
+        let error = error.unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Credentials, "{error}");
+        assert!(error.hint().is_some());
+    }
+}
+
+#[test]
+fn no_credentials_at_all_are_said_to_be_missing() {
+    run("case_no_credentials", &[]);
+}
+
+fn write_keys(file: &Path, access_key: &str) {
+    let text = format!("[default]\naws_access_key_id = {access_key}\naws_secret_access_key = secret\n");
+    std::fs::write(file, text).unwrap();
+}
+
+#[tokio::test]
+async fn case_rotation() {
+    if is_case("case_rotation") {
+        let file = std::path::PathBuf::from(std::env::var_os("AWS_SHARED_CREDENTIALS_FILE").unwrap());
+        let config = S3Config {
+            bucket: "backups".to_owned(),
+            credentials_kept: std::time::Duration::ZERO,
+            ..S3Config::default()
+        };
+        let store = S3Store::new(config).await;
+        store.create(&key("a"), Bytes::new(), None).await.unwrap();
+        write_keys(&file, "new-key");
+        store.create(&key("b"), Bytes::new(), None).await.unwrap();
+    }
+}
+
+#[test]
+fn rotated_keys_in_a_file_are_noticed_without_a_restart() {
+    let (server, endpoint) = recorder();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("credentials");
+    write_keys(&file, "old-key");
+    let environment =
+        [("AWS_ENDPOINT_URL_S3", endpoint.as_str()), ("AWS_SHARED_CREDENTIALS_FILE", file.to_str().unwrap())];
+    run("case_rotation", &environment);
+    let requests = server.requests();
+    let by = |name: &str| {
+        let request = requests.iter().find(|request| request.target.contains(&format!("/backups/{name}?"))).unwrap();
+        request.header("authorization").unwrap().to_owned()
+    };
+    assert!(by("a").contains("old-key"), "{}", by("a"));
+    assert!(by("b").contains("new-key"), "{}", by("b"));
+}
