@@ -12,7 +12,7 @@ use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 
 use crate::{
     failure::{Code, Failure},
-    settings::ConnectionSettings,
+    settings::{ConnectionSettings, PassFile},
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -345,10 +345,13 @@ fn password(settings: &ConnectionSettings) -> Result<Option<String>, Failure> {
     if let Some(password) = std::env::var("PGPASSWORD").ok().filter(|password| !password.is_empty()) {
         return Ok(Some(password));
     }
-    let Some(path) = settings.passfile.as_deref() else { return Ok(None) };
+    let (path, named) = match &settings.passfile {
+        PassFile::Named(path) => (path, true),
+        PassFile::Home(path) => (path, false),
+    };
     let meta = match fs::metadata(path) {
         Ok(meta) => meta,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(_) if !named => return Ok(None),
         Err(error) => return Err(Failure::io(format!("reading the password file {}", path.display()), &error)),
     };
     if meta.mode() & 0o077 != 0 && meta.is_file() && !is_secret_mount(path) {
@@ -414,7 +417,7 @@ mod tests {
             port: 5432,
             user: "backup".into(),
             database: "postgres".into(),
-            passfile: None,
+            passfile: PassFile::Home("/nonexistent".into()),
         }
     }
 

@@ -317,7 +317,16 @@ pub struct ConnectionSettings {
     /// Database.
     pub database: String,
     /// File with passwords.
-    pub passfile: Option<PathBuf>,
+    pub passfile: PassFile,
+}
+
+/// Where passwords are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PassFile {
+    /// Somebody named this file: it must be readable.
+    Named(PathBuf),
+    /// `~/.pgpass`, if there is one that can be read.
+    Home(PathBuf),
 }
 
 /// Everything that is wrong with the settings.
@@ -506,7 +515,7 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
     let text = |value: &Option<String>, default: &str| {
         value.clone().filter(|text| !text.is_empty()).unwrap_or_else(|| default.to_owned())
     };
-    let home = std::env::var_os("HOME").map(PathBuf::from);
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     Some(WorkSettings {
         s3: S3Settings {
             endpoint: resolver.value("AWS_ENDPOINT_URL_S3", raw.s3_endpoint.as_ref(), None, endpoint),
@@ -520,7 +529,10 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             port: resolver.value("PGPORT", raw.pgport.as_ref(), 5432, number_between(1, u16::MAX)),
             user: text(&raw.pguser, "postgres"),
             database: text(&raw.pgdatabase, "postgres"),
-            passfile: raw.pgpassfile.clone().map(PathBuf::from).or_else(|| home.map(|home| home.join(".pgpass"))),
+            passfile: match raw.pgpassfile.as_deref().filter(|path| !path.is_empty()) {
+                Some(path) => PassFile::Named(PathBuf::from(path)),
+                None => PassFile::Home(home.join(".pgpass")),
+            },
         },
         compression_level: resolver.value(
             "PGSIDECAR_COMPRESSION_LEVEL",
