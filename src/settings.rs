@@ -648,12 +648,19 @@ mod tests {
         assert_eq!(settings.process.health_listen.to_string(), "0.0.0.0:9000");
         let failure = settings.work().unwrap_err();
         assert_eq!(failure.code.exit_code(), 78);
-        insta::assert_snapshot!(failure.message.replace("; ", "\n"), @"");
+        insta::assert_snapshot!(failure.message.replace("; ", "\n"), @r#"
+        6 settings are wrong: PGSIDECAR_WAL_LISTEN: "0.0.0.0:80" is not a loopback address
+        PGSIDECAR_REPOSITORY: "ftp://x" is not a repository: s3://BUCKET/PREFIX or file:///absolute/directory
+        PGSIDECAR_CLUSTER: "../x" is not a cluster name: up to four parts of letters, digits, '.', '_' or '-', joined by '/', like shop/orders-db
+        PGDATA: "relative" is not an absolute path
+        PGPORT: "0" is not a number from 1 to 65535
+        PGSIDECAR_COMPRESSION_LEVEL: "99" is not a number from 1 to 19
+        "#);
     }
 
     #[test]
     fn without_a_repository_the_error_says_what_to_set() {
         let settings = Settings::resolve(&RawSettings::default(), &PodEnvironment::default());
-        insta::assert_snapshot!(settings.work().unwrap_err().message, @"");
+        insta::assert_snapshot!(settings.work().unwrap_err().message, @"1 setting is wrong: PGSIDECAR_REPOSITORY: not set; it says where backups are kept: s3://BUCKET/PREFIX or file:///DIRECTORY");
     }
 }

@@ -7,6 +7,7 @@ mod environment;
 mod local;
 mod look_first;
 mod scripted;
+#[path = "../support/server.rs"]
 mod server;
 mod support;
 mod uploads;

@@ -1,0 +1,196 @@
+//! A PostgreSQL server on a Unix socket of its own.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use super::{Scratch, command, give_to_servers, run, wait_until};
+
+/// A data directory and, while it runs, the server on it. Killed on drop.
+pub struct Postgres {
+    pub data: PathBuf,
+    pub socket: PathBuf,
+    pub major: u32,
+    child: Option<Child>,
+}
+
+impl Postgres {
+    /// The binaries of a major version.
+    pub fn bin(major: u32) -> PathBuf {
+        let name = format!("PG_BIN_{major}");
+        let usual = match major {
+            15 => "/usr/lib/postgresql/15/bin".to_owned(),
+            _ => format!("/var/cache/pgsidecar-dev/postgresql-{major}/usr/lib/postgresql/{major}/bin"),
+        };
+        let bin = PathBuf::from(std::env::var(&name).unwrap_or(usual));
+        assert!(
+            bin.join("initdb").exists(),
+            "no PostgreSQL {major} at {}: `make test` installs it; {name} names another",
+            bin.display()
+        );
+        bin
+    }
+
+    /// A new database cluster; `options` are initdb's.
+    pub fn initdb(scratch: &Scratch, major: u32, options: &[&str]) -> Postgres {
+        let data = scratch.path().join("data");
+        let mut initdb = command(Postgres::bin(major).join("initdb"));
+        run(initdb
+            .arg("-D")
+            .arg(&data)
+            .args(["-A", "trust", "-U", "postgres", "--no-sync"])
+            .args(options)
+            .current_dir(scratch.path()));
+        let postgres = Postgres::on(scratch, data, major);
+        postgres.configure(&["wal_level = replica", "max_wal_senders = 5", "fsync = off", "max_connections = 30"]);
+        postgres
+    }
+
+    /// A data directory that is there already, e.g. a restored one.
+    pub fn on(scratch: &Scratch, data: PathBuf, major: u32) -> Postgres {
+        let name = data.file_name().unwrap().to_str().unwrap();
+        let socket = scratch.path().join(format!("s-{name}"));
+        if !socket.exists() {
+            fs::create_dir(&socket).unwrap();
+            give_to_servers(&socket);
+        }
+        Postgres { data, socket, major, child: None }
+    }
+
+    /// Adds lines to postgresql.conf.
+    pub fn configure(&self, lines: &[&str]) {
+        let mut conf = OpenOptions::new().append(true).open(self.data.join("postgresql.conf")).unwrap();
+        for line in lines {
+            writeln!(conf, "{line}").unwrap();
+        }
+    }
+
+    /// Where the server logs.
+    pub fn log_path(&self) -> PathBuf {
+        let name = self.data.file_name().unwrap().to_str().unwrap();
+        self.data.parent().unwrap().join(format!("{name}.log"))
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// Starts the server, without waiting. `options` are postgres's.
+    pub fn spawn(&mut self, options: &[&str]) {
+        let log = OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
+        let mut postgres = command(Postgres::bin(self.major).join("postgres"));
+        postgres.arg("-D").arg(&self.data).args(["-c", "listen_addresses="]);
+        postgres.arg("-c").arg(format!("unix_socket_directories={}", self.socket.display())).args(options);
+        postgres
+            .current_dir(self.data.parent().unwrap())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        self.child = Some(postgres.spawn().unwrap());
+    }
+
+    /// Starts the server and waits until it takes connections.
+    pub fn start(&mut self, options: &[&str]) {
+        self.spawn(options);
+        let patience = Duration::from_secs(60);
+        wait_until("PostgreSQL takes connections", patience, || {
+            if let Some(status) = self.exited() {
+                panic!("PostgreSQL ended with {status}:\n{}", self.log());
+            }
+            self.try_sql("SELECT 1").is_ok()
+        });
+    }
+
+    /// Waits until recovery is over and the server takes writes.
+    pub fn wait_for_promotion(&mut self) {
+        wait_until("the server is promoted", Duration::from_secs(90), || {
+            if let Some(status) = self.exited() {
+                panic!("PostgreSQL ended with {status}:\n{}", self.log());
+            }
+            self.try_sql("SELECT pg_is_in_recovery()").is_ok_and(|answer| answer == "f")
+        });
+    }
+
+    /// How the server ended, if it has.
+    pub fn exited(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.as_mut().and_then(|child| child.try_wait().unwrap())
+    }
+
+    /// The answer to a query: rows by lines, columns by `|`.
+    #[track_caller]
+    pub fn sql(&self, sql: &str) -> String {
+        self.try_sql(sql).unwrap_or_else(|error| panic!("{sql}\n{error}\n{}", self.log()))
+    }
+
+    pub fn try_sql(&self, sql: &str) -> Result<String, String> {
+        let output =
+            self.client("psql").args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", sql]).output().unwrap();
+        if output.status.success() {
+            Ok(String::from_utf8(output.stdout).unwrap().trim_end().to_owned())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).into_owned())
+        }
+    }
+
+    /// A client program of this version, connected to this server's database postgres.
+    pub fn client(&self, program: &str) -> Command {
+        let mut client = command(Postgres::bin(self.major).join(program));
+        client
+            .env("PGHOST", &self.socket)
+            .env("PGUSER", "postgres")
+            .env("PGDATABASE", "postgres")
+            .current_dir(&self.socket);
+        client
+    }
+
+    /// The server's clock, as a recovery target wants it.
+    pub fn now(&self) -> String {
+        self.sql("SELECT clock_timestamp() AT TIME ZONE 'UTC' || '+00'")
+    }
+
+    /// Leaves the current WAL segment; answers with its name.
+    pub fn switch_wal(&self) -> String {
+        self.sql("SELECT pg_walfile_name(pg_create_restore_point('switch')) FROM (SELECT 1) one");
+        let name = self.sql("SELECT pg_walfile_name(pg_current_wal_lsn())");
+        self.sql("SELECT pg_switch_wal()");
+        name
+    }
+
+    /// Waits until everything that is ready has been archived.
+    pub fn wait_until_archived(&self) {
+        wait_until("all WAL is archived", Duration::from_secs(60), || {
+            let ready = |entry: fs::DirEntry| entry.file_name().to_string_lossy().ends_with(".ready");
+            !fs::read_dir(self.data.join("pg_wal/archive_status")).unwrap().any(|entry| ready(entry.unwrap()))
+        });
+    }
+
+    /// Stops the server; `mode` is pg_ctl's.
+    pub fn stop(&mut self, mode: &str) {
+        if let Some(mut child) = self.child.take() {
+            let signal = match mode {
+                "fast" => rustix::process::Signal::INT,
+                "immediate" => rustix::process::Signal::QUIT,
+                other => panic!("unknown mode {other}"),
+            };
+            let pid = rustix::process::Pid::from_child(&child);
+            rustix::process::kill_process(pid, signal).unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.data
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        if self.exited().is_none() {
+            self.stop("immediate");
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! The daemon beside a PostgreSQL, and the command-line tool.
+
+use std::{
+    fs::{self, OpenOptions},
+    path::PathBuf,
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use super::{Postgres, Repository, Scratch, command, free_port, run, told, wait_until};
+
+/// A daemon. Killed on drop.
+pub struct Sidecar {
+    pub environment: Vec<(String, String)>,
+    pub port: u16,
+    pub health_port: u16,
+    directory: PathBuf,
+    child: Option<Child>,
+}
+
+impl Sidecar {
+    /// The program under test.
+    pub fn program() -> PathBuf {
+        PathBuf::from(env!("CARGO_BIN_EXE_pgsidecar"))
+    }
+
+    /// The helper that PostgreSQL calls.
+    pub fn helper() -> PathBuf {
+        let beside = || Sidecar::program().with_file_name("pgsidecar-wal");
+        let helper = std::env::var_os("PGSIDECAR_WAL").map_or_else(beside, PathBuf::from);
+        assert!(helper.exists(), "no {}: cargo build --workspace makes it", helper.display());
+        helper
+    }
+
+    /// A daemon for this server and this repository, not started yet.
+    pub fn new(scratch: &Scratch, postgres: &Postgres, repository: &Repository) -> Sidecar {
+        let (port, health_port) = (free_port(), free_port());
+        let mut environment = vec![
+            ("PGDATA".to_owned(), postgres.data.display().to_string()),
+            ("PGHOST".to_owned(), postgres.socket.display().to_string()),
+            ("PGUSER".to_owned(), "postgres".to_owned()),
+            ("PGSIDECAR_WAL_LISTEN".to_owned(), format!("127.0.0.1:{port}")),
+            ("PGSIDECAR_HEALTH_LISTEN".to_owned(), format!("127.0.0.1:{health_port}")),
+            ("PGSIDECAR_CONTROL_SOCKET".to_owned(), scratch.path().join("control.sock").display().to_string()),
+            ("PGSIDECAR_SPOOL".to_owned(), scratch.path().join("spool").display().to_string()),
+            ("PGSIDECAR_HELPER".to_owned(), Sidecar::helper().display().to_string()),
+            ("PGSIDECAR_LOG".to_owned(), "debug".to_owned()),
+        ];
+        environment.extend(repository.environment().into_iter().map(|(name, value)| (name.to_owned(), value)));
+        Sidecar { environment, port, health_port, directory: scratch.path().to_owned(), child: None }
+    }
+
+    /// Sets or replaces a variable of its environment.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// A command with the sidecar's environment.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = command(program);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value))).current_dir(&self.directory);
+        command
+    }
+
+    /// Starts the daemon and waits until it answers.
+    pub fn start(&mut self) {
+        let log = OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
+        let mut daemon = self.command(Sidecar::program());
+        daemon.arg("run").stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        self.child = Some(daemon.spawn().unwrap());
+        wait_until("the daemon answers", Duration::from_secs(20), || {
+            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().unwrap()) {
+                panic!("the daemon ended with {status}:\n{}", self.log());
+            }
+            self.cli(&["status"]).status.success()
+        });
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.directory.join("sidecar.log")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
+    /// Ends the daemon at once, as the OOM killer would.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// Sends SIGTERM and waits; answers with the exit status.
+    pub fn stop(&mut self) -> std::process::ExitStatus {
+        let mut child = self.child.take().expect("the daemon runs");
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM).unwrap();
+        child.wait().unwrap()
+    }
+
+    /// Runs the command-line tool.
+    pub fn cli(&self, arguments: &[&str]) -> Output {
+        self.command(Sidecar::program()).args(arguments).output().unwrap()
+    }
+
+    /// Runs it; it has to succeed. Answers with what it printed.
+    #[track_caller]
+    pub fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.cli(arguments);
+        assert!(output.status.success(), "pgsidecar {}\n{}\n{}", arguments.join(" "), told(&output), self.log());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs it; it has to fail with this exit code. Answers with what it said.
+    #[track_caller]
+    pub fn fails(&self, code: i32, arguments: &[&str]) -> String {
+        let output = self.cli(arguments);
+        assert_eq!(output.status.code(), Some(code), "pgsidecar {}\n{}", arguments.join(" "), told(&output));
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    /// The answer of `--json`, parsed.
+    #[track_caller]
+    pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.ok(&[arguments, &["--json"]].concat())).unwrap()
+    }
+
+    /// The lines that make PostgreSQL archive through this daemon.
+    pub fn archive_settings(&self) -> Vec<String> {
+        vec![
+            "archive_mode = on".to_owned(),
+            format!("archive_command = '{} --address 127.0.0.1:{} archive %p'", Sidecar::helper().display(), self.port),
+        ]
+    }
+
+    /// The answer to a request with curl: status and body.
+    pub fn curl(&self, path: &str, arguments: &[&str]) -> (u16, String) {
+        let url = format!("http://127.0.0.1:{}{path}", self.port);
+        let body = run(command("curl")
+            .args(["-sS", "--max-time", "60", "--path-as-is", "-w", "\n%{http_code}"])
+            .args(arguments)
+            .arg(url));
+        let (body, status) = body.rsplit_once('\n').unwrap();
+        (status.parse().unwrap(), body.to_owned())
+    }
+}
+
+impl Drop for Sidecar {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A server that archives through a running daemon to a repository: what most tests begin with.
+pub fn archiving(scratch: &Scratch, major: u32, options: &[&str], repository: &Repository) -> (Postgres, Sidecar) {
+    let mut postgres = Postgres::initdb(scratch, major, options);
+    let mut sidecar = Sidecar::new(scratch, &postgres, repository);
+    let settings = sidecar.archive_settings();
+    postgres.configure(&settings.iter().map(String::as_str).collect::<Vec<_>>());
+    postgres.start(&[]);
+    sidecar.start();
+    (postgres, sidecar)
+}
