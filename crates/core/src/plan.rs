@@ -392,3 +392,6 @@ impl RestorePlan {
         named.into_iter().collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
