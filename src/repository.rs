@@ -9,6 +9,7 @@ use bytes::Bytes;
 use pgsidecar_core::{
     ArchiveFileName, BackupId, BackupRecord, ClusterName, ContentId, Layout, ObjectKey, SystemIdentifier,
     TimelineHistory, TimelineId, WalSegmentSize,
+    backup::StoredObject,
     layout::{BackupObject, RepositoryObject},
     plan::{Catalog, WalScan},
 };
@@ -222,12 +223,24 @@ impl Repository {
         }
     }
 
-    /// Whether exactly this content is in the repository under this key. `None` if nothing is.
+    /// Checks that an object's bytes, as they are stored, are these. Reads all of it.
     ///
     /// # Errors
-    /// The store's.
-    pub async fn has_content(&self, key: &ObjectKey, content: &ContentId) -> Result<Option<bool>, Failure> {
-        Ok(self.content_of(key).await?.map(|theirs| theirs == *content))
+    /// The store's, or [`Code::Conflict`].
+    pub async fn check_stored(&self, key: &ObjectKey, expected: StoredObject) -> Result<(), Failure> {
+        let conflict = || {
+            Failure::new(Code::Conflict, format!("{key} is already in the repository with other content"))
+                .hint("Something else writes under the same name. Try again.")
+        };
+        let Some((_, mut reader)) = self.open_stream(key).await? else { return Err(conflict()) };
+        let hash = move || {
+            let why = reader.failure();
+            let mut hashing = codec::HashingWriter::new(std::io::sink());
+            std::io::copy(&mut reader, &mut hashing).map_err(|error| why.or_io("reading", &error))?;
+            Ok::<_, Failure>(hashing.finish().1)
+        };
+        let found = tokio::task::spawn_blocking(hash).await??;
+        if found.sha256 == expected.sha256 && found.size == expected.size { Ok(()) } else { Err(conflict()) }
     }
 
     /// Reads a compressed object into `writer`, on a thread of the blocking pool, checking zstd's checksums and

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 
 use bytes::Bytes;
 use pgsidecar_core::{
-    BackupId,
+    BackupId, ObjectKey,
     backup::StoredObject,
     backup_manifest::{ManifestWriter, WalRange},
     layout::BackupObject,
@@ -26,7 +26,8 @@ pub struct Uploading {
     complete: oneshot::Sender<()>,
     task: JoinHandle<Result<Creation, Failure>>,
     runtime: Handle,
-    object: BackupObject,
+    repository: Repository,
+    key: ObjectKey,
 }
 
 impl Uploading {
@@ -39,30 +40,29 @@ impl Uploading {
     ) -> (ChannelWriter, Uploading) {
         let (writer, chunks): (ChannelWriter, mpsc::Receiver<Bytes>) = ChannelWriter::new();
         let (complete, completed) = oneshot::channel();
-        let repository = repository.clone();
+        let key = repository.layout().backup(id, object);
+        let uploading = (repository.clone(), key.clone());
         let task = runtime.spawn(async move {
-            let key = repository.layout().backup(id, object);
+            let (repository, key) = uploading;
             let complete = async {
                 let given_up = |_| Failure::new(Code::Internal, format!("{key} was given up"));
                 completed.await.map(|()| None).map_err(given_up)
             };
             repository.upload(&key, chunks, 0, complete).await
         });
-        (writer, Uploading { complete, task, runtime: runtime.clone(), object })
+        (writer, Uploading { complete, task, runtime: runtime.clone(), repository: repository.clone(), key })
     }
 
-    /// Waits until the object is durable. Blocks: not for async tasks.
+    /// Waits until the object is durable, with these bytes. Blocks: not for async tasks.
     ///
     /// # Errors
     /// Why it isn't.
-    pub fn finish(self) -> Result<(), Failure> {
+    pub fn finish(self, stored: StoredObject) -> Result<(), Failure> {
         let _ = self.complete.send(());
         match self.runtime.block_on(self.task)?? {
             Creation::Created => Ok(()),
-            Creation::Exists => {
-                Err(Failure::new(Code::Conflict, format!("{:?} of this backup is already there", self.object))
-                    .hint("Another backup runs under the same id. Try again."))
-            }
+            // Perhaps our own first try, whose answer was lost.
+            Creation::Exists => self.runtime.block_on(self.repository.check_stored(&self.key, stored)),
         }
     }
 
@@ -108,8 +108,8 @@ impl Growing {
         match ended {
             Err(error) => Err(self.uploading.explain(&error)),
             Ok(stored) => {
-                self.uploading.finish()?;
-                Ok(StoredObject { size: stored.size, sha256: stored.sha256 })
+                let stored = StoredObject { size: stored.size, sha256: stored.sha256 };
+                self.uploading.finish(stored).map(|()| stored)
             }
         }
     }

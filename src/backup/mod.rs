@@ -18,7 +18,10 @@ pub mod pack;
 pub mod part;
 pub mod walk;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use pgsidecar_core::{
@@ -34,7 +37,7 @@ use tokio::runtime::Handle;
 
 use self::{
     listing::Listing,
-    pack::{LastFile, Packer, Progress},
+    pack::{LastFile, Packer, Progress, Source},
 };
 use crate::{
     failure::{Code, Failure},
@@ -96,7 +99,7 @@ pub async fn create(
 
     let id = claim(repository, &settings.instance).await?;
     tracing::info!(backup = %id, label = request.label, fast = request.fast, "base backup: waiting for the checkpoint");
-    let taken = take(repository, pgdata, settings, request, id, session, &control, progress).await;
+    let taken = Taking { repository, pgdata, settings, request, id, control, progress }.take(session).await;
     match taken {
         Ok(record) => {
             tracing::info!(
@@ -113,100 +116,105 @@ pub async fn create(
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the steps' inputs, gathered by the only caller")]
-async fn take(
-    repository: &Repository,
-    pgdata: &DataDirectory,
-    settings: &WorkSettings,
-    request: &BackupRequest,
+/// A backup whose id has been claimed.
+struct Taking<'a> {
+    repository: &'a Repository,
+    pgdata: &'a DataDirectory,
+    settings: &'a WorkSettings,
+    request: &'a BackupRequest,
     id: BackupId,
-    session: Session,
-    control: &ControlFile,
+    control: ControlFile,
     progress: Arc<Progress>,
-) -> Result<BackupRecord, Failure> {
-    progress.total_bytes.store(session.total_size().await.unwrap_or(0), std::sync::atomic::Ordering::Relaxed);
-    let server = session.server().clone();
-    let start = session.backup_start(&request.label, request.fast).await?;
-    tracing::info!(backup = %id, start_lsn = %start.lsn, "base backup: reading files");
+}
 
-    let packer = Packer::new(
-        repository.clone(),
-        id,
-        pgdata.path().to_owned(),
-        server.major(),
-        tablespace_version_directory(server.major(), control.catalog_version),
-        settings.parallelism,
-        settings.part_size,
-        progress.clone(),
-    );
-    let manifest = ManifestWriter::new(ManifestVersion::for_major(server.major()), control.system_identifier);
-    let mut listing = Listing::start(&Handle::current(), repository, id, manifest)?;
-    let stop_threads = CancelOnDrop(progress);
-    let packing = tokio::task::spawn_blocking(move || {
-        let packed = packer.pack(&mut listing);
-        packed.map(|(parts, warnings)| (packer, listing, parts, warnings))
-    });
-    let (packer, mut listing, mut parts, warnings) = tokio::select! {
-        packed = packing => packed??,
-        () = session.closed() => {
-            return Err(Failure::new(Code::PostgresUnavailable, "the session with PostgreSQL ended during the backup")
-                .hint("The server stopped, restarted or crashed. Take the backup again when it's up."));
+impl Taking<'_> {
+    /// Steps 2 to 9.
+    async fn take(self, session: Session) -> Result<BackupRecord, Failure> {
+        let Taking { repository, pgdata, settings, request, id, control, progress } = self;
+        progress.total_bytes.store(session.total_size().await.unwrap_or(0), Relaxed);
+        let server = session.server().clone();
+        let start = progress.unless_cancelled(session.backup_start(&request.label, request.fast)).await?;
+        tracing::info!(backup = %id, start_lsn = %start.lsn, "base backup: reading files");
+
+        let source = Source {
+            root: pgdata.path().to_owned(),
+            major: server.major(),
+            tablespace_directory: tablespace_version_directory(server.major(), control.catalog_version),
+        };
+        let packer = Packer::new(repository.clone(), id, source, settings, progress.clone());
+        let manifest = ManifestWriter::new(ManifestVersion::for_major(server.major()), control.system_identifier);
+        let mut listing = Listing::start(&Handle::current(), repository, id, manifest)?;
+        let stop_threads = CancelOnDrop(progress.clone());
+        let mut packing = tokio::task::spawn_blocking(move || {
+            let packed = packer.pack(&mut listing);
+            packed.map(|(parts, warnings)| (packer, listing, parts, warnings))
+        });
+        let packed = tokio::select! {
+            packed = &mut packing => packed?,
+            () = session.closed() => {
+                // Only when no thread uploads any more can the remains be removed.
+                progress.cancel();
+                let _ = packing.await;
+                Err(Failure::new(Code::PostgresUnavailable, "the session with PostgreSQL ended during the backup")
+                    .hint("The server stopped, restarted or crashed. Take the backup again when it's up."))
+            }
+        };
+        let (packer, mut listing, mut parts, warnings) = packed?;
+
+        let (control_bytes, control_at_end) = blocking(pgdata, |pgdata| pgdata.control_bytes()).await?;
+        let stop = session.backup_stop().await?;
+        drop(session);
+        tracing::info!(backup = %id, stop_lsn = %stop.lsn, "base backup: files read, PostgreSQL released");
+
+        let label: BackupLabel = stop.label_file.parse().map_err(Failure::internal)?;
+        let tablespaces: TablespaceMap = stop.tablespace_map.parse().map_err(Failure::internal)?;
+        if control_at_end.system_identifier != control.system_identifier {
+            return Err(Failure::new(
+                Code::WrongCluster,
+                "the data directory was replaced by another database during the backup",
+            ));
         }
-    };
+        let version = std::fs::read(pgdata.path().join("PG_VERSION"))
+            .map_err(|error| Failure::io("reading PG_VERSION", &error))?;
+        let last = last_files(&stop, control_bytes, version);
+        let wal = [WalRange { timeline: label.timeline, start: start.lsn, end: stop.lsn }];
+        let (last_part, listed) = tokio::task::spawn_blocking(move || {
+            let part = packer.pack_last(&last, &mut listing)?;
+            Ok::<_, Failure>((part, listing.finish(&wal)?))
+        })
+        .await??;
+        drop(stop_threads);
+        parts.push(last_part);
 
-    let (control_bytes, control_at_end) = blocking(pgdata, |pgdata| pgdata.control_bytes()).await?;
-    let stop = session.backup_stop().await?;
-    drop(session);
-    tracing::info!(backup = %id, stop_lsn = %stop.lsn, "base backup: files read, PostgreSQL released");
-
-    let label: BackupLabel = stop.label_file.parse().map_err(Failure::internal)?;
-    let tablespaces: TablespaceMap = stop.tablespace_map.parse().map_err(Failure::internal)?;
-    if control_at_end.system_identifier != control.system_identifier {
-        return Err(Failure::new(
-            Code::WrongCluster,
-            "the data directory was replaced by another database during the backup",
-        ));
+        let record = BackupRecord {
+            format: BACKUP_FORMAT,
+            id,
+            parent: None,
+            system_identifier: control.system_identifier,
+            server_version: server.version,
+            timeline: label.timeline,
+            start_lsn: start.lsn,
+            stop_lsn: stop.lsn,
+            started_at: start.at,
+            stopped_at: stop.at,
+            next_xid_at_stop: stop.next_xid,
+            from_standby: server.in_recovery,
+            wal_segment_size: control.wal_segment_size,
+            block_size: control.block_size,
+            data_checksums: control.data_checksums,
+            tablespaces: tablespaces.0.into_iter().map(|(oid, location)| TablespaceRecord { oid, location }).collect(),
+            parts,
+            manifest: listed.manifest,
+            index: listed.index,
+            files: listed.files,
+            warnings,
+            writer: concat!("pgsidecar ", env!("CARGO_PKG_VERSION")).to_owned(),
+        };
+        progress.unless_cancelled(wait_for_wal(repository, &record, settings.backup_wal_timeout)).await?;
+        check_parts(repository, &record).await?;
+        repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await?;
+        Ok(record)
     }
-    let version =
-        std::fs::read(pgdata.path().join("PG_VERSION")).map_err(|error| Failure::io("reading PG_VERSION", &error))?;
-    let last = last_files(&stop, control_bytes, version);
-    let wal = [WalRange { timeline: label.timeline, start: start.lsn, end: stop.lsn }];
-    let (last_part, listed) = tokio::task::spawn_blocking(move || {
-        let part = packer.pack_last(&last, &mut listing)?;
-        Ok::<_, Failure>((part, listing.finish(&wal)?))
-    })
-    .await??;
-    drop(stop_threads);
-    parts.push(last_part);
-
-    let record = BackupRecord {
-        format: BACKUP_FORMAT,
-        id,
-        parent: None,
-        system_identifier: control.system_identifier,
-        server_version: server.version,
-        timeline: label.timeline,
-        start_lsn: start.lsn,
-        stop_lsn: stop.lsn,
-        started_at: start.at,
-        stopped_at: stop.at,
-        next_xid_at_stop: stop.next_xid,
-        from_standby: server.in_recovery,
-        wal_segment_size: control.wal_segment_size,
-        block_size: control.block_size,
-        data_checksums: control.data_checksums,
-        tablespaces: tablespaces.0.into_iter().map(|(oid, location)| TablespaceRecord { oid, location }).collect(),
-        parts,
-        manifest: listed.manifest,
-        index: listed.index,
-        files: listed.files,
-        warnings,
-        writer: concat!("pgsidecar ", env!("CARGO_PKG_VERSION")).to_owned(),
-    };
-    wait_for_wal(repository, &record, settings.backup_wal_timeout).await?;
-    check_parts(repository, &record).await?;
-    repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await?;
-    Ok(record)
 }
 
 /// What makes the directory startable, in the order in which it has to appear.
@@ -293,12 +301,16 @@ async fn wait_for_wal(repository: &Repository, record: &BackupRecord, timeout: D
     let history = history_of(repository, record.timeline).await?;
     let began = tokio::time::Instant::now();
     let mut told = false;
+    // What has been seen isn't listed again: the scan goes on where it was.
+    let mut scan = WalScan::new(history, size, record.start_lsn);
     loop {
-        let scan = WalScan::new(history.clone(), size, record.start_lsn);
-        let scan = repository.scan_wal(scan, Some(last)).await;
-        let missing = match scan {
-            Ok(scan) if scan.reaches(last) => return Ok(()),
-            Ok(scan) => Ok(scan.finish().missing),
+        let looked = repository.scan_wal(scan.clone(), Some(last)).await;
+        let missing = match looked {
+            Ok(seen) if seen.reaches(last) => return Ok(()),
+            Ok(seen) => {
+                scan = seen;
+                Ok(scan.finish().missing)
+            }
             Err(failure) => Err(failure),
         };
         if began.elapsed() > timeout {

@@ -16,7 +16,7 @@ use std::{
 };
 
 use pgsidecar_core::{BackupId, backup::PartRecord, layout::BackupObject};
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::Notify};
 
 use super::{
     listing::{Listing, Uploading},
@@ -26,6 +26,7 @@ use super::{
 use crate::{
     failure::{Code, Failure},
     repository::Repository,
+    settings::WorkSettings,
 };
 
 /// Items and entries that wait in a channel at most.
@@ -41,12 +42,30 @@ pub struct Progress {
     /// Files done.
     pub files: AtomicU64,
     cancelled: AtomicBool,
+    cancellation: Notify,
 }
 
 impl Progress {
-    /// Makes the packing end with an error soon.
+    /// Makes the backup end with an error soon.
     pub fn cancel(&self) {
         self.cancelled.store(true, Relaxed);
+        self.cancellation.notify_waiters();
+    }
+
+    /// Waits for a step that isn't done by the packing threads, unless the backup is cancelled.
+    ///
+    /// # Errors
+    /// The step's own, or [`Code::Busy`] after a cancellation.
+    pub async fn unless_cancelled<T>(&self, step: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let cancellation = self.cancellation.notified();
+        // Looked at after the waiting has begun: a cancellation in between isn't missed.
+        if self.cancelled.load(Relaxed) {
+            return Err(given_up());
+        }
+        tokio::select! {
+            done = step => done,
+            () = cancellation => Err(given_up()),
+        }
     }
 
     fn check(&self) -> io::Result<()> {
@@ -54,26 +73,29 @@ impl Progress {
     }
 }
 
-/// What to pack, and how.
-pub struct Packer {
-    /// Where it goes.
-    pub repository: Repository,
-    /// Runs the uploads.
-    pub runtime: Handle,
-    /// The backup.
-    pub id: BackupId,
+/// The data directory, as far as walking it needs to know.
+#[derive(Clone, Debug)]
+pub struct Source {
     /// The data directory.
     pub root: PathBuf,
     /// PostgreSQL's major version.
     pub major: u32,
     /// The directory of this server's files in each tablespace.
     pub tablespace_directory: String,
+}
+
+/// What to pack, and how.
+pub struct Packer {
+    repository: Repository,
+    /// Runs the uploads.
+    runtime: Handle,
+    id: BackupId,
+    source: Source,
     /// How many threads read and compress.
-    pub parallelism: usize,
+    parallelism: usize,
     /// A part ends after the file with which it exceeds this many bytes.
-    pub part_size: u64,
-    /// How far it is.
-    pub progress: Arc<Progress>,
+    part_size: u64,
+    progress: Arc<Progress>,
     last_number: AtomicU32,
 }
 
@@ -93,38 +115,30 @@ struct OpenPart {
 impl OpenPart {
     fn close(self) -> Result<PartRecord, Failure> {
         match self.writer.finish() {
-            Ok(record) => self.uploading.finish().map(|()| record),
+            Ok(record) => self.uploading.finish(record.stored).map(|()| record),
             Err(error) => Err(self.uploading.explain(&error)),
         }
     }
 }
 
 impl Packer {
-    /// A packer; the caller sets the fields.
-    #[expect(clippy::too_many_arguments, reason = "each is a field, named where it's used")]
+    /// A packer whose uploads run in the current runtime.
     pub fn new(
         repository: Repository,
         id: BackupId,
-        root: PathBuf,
-        major: u32,
-        tablespace_directory: String,
-        parallelism: usize,
-        part_size: u64,
+        source: Source,
+        settings: &WorkSettings,
         progress: Arc<Progress>,
     ) -> Packer {
-        let runtime = Handle::current();
-        let last_number = AtomicU32::new(0);
         Packer {
             repository,
-            runtime,
+            runtime: Handle::current(),
             id,
-            root,
-            major,
-            tablespace_directory,
-            parallelism,
-            part_size,
+            source,
+            parallelism: settings.parallelism,
+            part_size: settings.part_size,
             progress,
-            last_number,
+            last_number: AtomicU32::new(0),
         }
     }
 
@@ -143,7 +157,7 @@ impl Packer {
                     // The receivers are gone only if every worker has failed; theirs is the failure that counts.
                     items_in.send(item).map_err(|_| Failure::internal("nobody reads the files"))
                 };
-                walk(&self.root, self.major, self.tablespace_directory.clone(), &mut emit)
+                walk(&self.source, &mut emit)
             });
             let workers: Vec<_> = (0..self.parallelism)
                 .map(|_| {
@@ -188,7 +202,7 @@ impl Packer {
     /// # Errors
     /// If it can't be stored.
     pub fn pack_last(&self, files: &[LastFile], listing: &mut Listing) -> Result<PartRecord, Failure> {
-        let like = self.root.join("PG_VERSION");
+        let like = self.source.root.join("PG_VERSION");
         let meta = fs::metadata(&like).map_err(|error| Failure::io(format!("reading {}", like.display()), &error))?;
         let mut part = self.open_part()?;
         for file in files {
@@ -232,7 +246,8 @@ impl Packer {
                         entries.send(entry).map_err(|_| Failure::internal("nobody lists the files"))?;
                     }
                     Err(error) if self.progress.check().is_err() => {
-                        return Err(Failure::new(Code::Busy, format!("the backup was given up: {error}")));
+                        tracing::debug!(%error, "a thread was stopped");
+                        return Err(given_up());
                     }
                     Err(error) => {
                         let failure = match open.take() {
@@ -279,6 +294,10 @@ impl Packer {
         let content: &mut dyn Read = &mut file;
         part.file(path, &meta, meta.len(), content, &mut watch).map(Some)
     }
+}
+
+fn given_up() -> Failure {
+    Failure::new(Code::Busy, "the backup was given up").hint("Take it again.")
 }
 
 fn next(items: &Mutex<Receiver<Item>>) -> Option<Item> {

@@ -15,6 +15,7 @@ use pgsidecar_core::data_directory::{
     treat_file,
 };
 
+use super::pack::Source;
 use crate::failure::{Code, Failure};
 
 /// Something to be put into the backup.
@@ -38,9 +39,7 @@ pub enum Item {
 
 /// What to walk, and where to report.
 struct Walk<'a> {
-    major: u32,
-    /// The directory of this server's files in each tablespace.
-    tablespace_directory: String,
+    source: &'a Source,
     emit: &'a mut dyn FnMut(Item) -> Result<(), Failure>,
     warnings: Vec<String>,
 }
@@ -49,14 +48,9 @@ struct Walk<'a> {
 ///
 /// # Errors
 /// If a directory can't be read, or `emit` fails.
-pub fn walk(
-    root: &Path,
-    major: u32,
-    tablespace_directory: String,
-    emit: &mut dyn FnMut(Item) -> Result<(), Failure>,
-) -> Result<Vec<String>, Failure> {
-    let mut walk = Walk { major, tablespace_directory, emit, warnings: Vec::new() };
-    walk.directory(Path::new(""), root)?;
+pub fn walk(source: &Source, emit: &mut dyn FnMut(Item) -> Result<(), Failure>) -> Result<Vec<String>, Failure> {
+    let mut walk = Walk { source, emit, warnings: Vec::new() };
+    walk.directory(Path::new(""), &source.root)?;
     Ok(walk.warnings)
 }
 
@@ -136,7 +130,7 @@ impl Walk<'_> {
         let Some(meta) = unless_vanished(fs::metadata(location), location)? else { return Ok(()) };
         (self.emit)(Item::Directory { path: path.to_owned(), meta: meta.clone() })?;
         if path == Path::new("pg_wal") {
-            for name in empty_wal_subdirectories(self.major) {
+            for name in empty_wal_subdirectories(self.source.major) {
                 (self.emit)(Item::Directory { path: path.join(name), meta: meta.clone() })?;
             }
         }
@@ -162,7 +156,8 @@ impl Walk<'_> {
             };
         };
         (self.emit)(Item::Directory { path: path.to_owned(), meta: meta.clone() })?;
-        let (path, location) = (path.join(&self.tablespace_directory), link.join(&self.tablespace_directory));
+        let own = &self.source.tablespace_directory;
+        let (path, location) = (path.join(own), link.join(own));
         if let Some(meta) = unless_vanished(fs::symlink_metadata(&location), &location)? {
             (self.emit)(Item::Directory { path: path.clone(), meta })?;
             self.directory(&path, &location)?;
