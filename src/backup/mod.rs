@@ -144,7 +144,8 @@ impl Taking<'_> {
         let packer = Packer::new(repository.clone(), id, source, settings, progress.clone());
         let manifest = ManifestWriter::new(ManifestVersion::for_major(server.major()), control.system_identifier);
         let mut listing = Listing::start(&Handle::current(), repository, id, manifest)?;
-        let stop_threads = CancelOnDrop(progress.clone());
+        // To the very end: what is cancelled after that is nobody's any more.
+        let _stop_threads = CancelOnDrop(progress.clone());
         let mut packing = tokio::task::spawn_blocking(move || {
             let packed = packer.pack(&mut listing);
             packed.map(|(parts, warnings)| (packer, listing, parts, warnings))
@@ -183,7 +184,6 @@ impl Taking<'_> {
             Ok::<_, Failure>((part, listing.finish(&wal)?))
         })
         .await??;
-        drop(stop_threads);
         parts.push(last_part);
 
         let record = BackupRecord {
