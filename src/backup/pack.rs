@@ -100,7 +100,7 @@ impl OpenPart {
 }
 
 impl Packer {
-    /// A packer; the caller sets the fields.
+    /// A packer. To be made on a runtime: it runs the uploads.
     #[expect(clippy::too_many_arguments, reason = "each is a field, named where it's used")]
     pub fn new(
         repository: Repository,
