@@ -1,7 +1,8 @@
 //! `pgsidecar run`: the listeners, what they share, and the orderly stop.
 //!
-//! The daemon always comes up. With wrong settings it's degraded: it listens, refuses what it can't do with the
-//! reason, and says it in log, status and metrics. Nothing here exits because of the store or of PostgreSQL.
+//! The daemon comes up whatever the settings say. With wrong ones it's degraded: it listens, refuses what it can't do
+//! with the reason, and says it in log, status and metrics. Nothing here exits because of the store or of PostgreSQL;
+//! only an address that it can't listen at, or a helper that it can't publish, ends it.
 //!
 //! Stopping: the first SIGTERM or SIGINT ends the acceptance of connections and lets the requests that are under way
 //! end, for at most the drain timeout; a base backup that is under way is given up. A second signal exits at once.

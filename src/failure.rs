@@ -18,7 +18,7 @@ pub enum Code {
     InvalidRequest,
     /// The text is no name of a WAL file.
     InvalidName,
-    /// No such route, backup or job.
+    /// No such route, backup or job, and no such file in pg_wal.
     NotFound,
     /// The store says that this WAL file isn't there. PostgreSQL may take it as the end of the archive.
     NotInArchive,
@@ -26,7 +26,7 @@ pub enum Code {
     Conflict,
     /// The file isn't a WAL segment of the size and at the position that its name promises.
     InvalidSegment,
-    /// It belongs to another database system.
+    /// It belongs to another database system, or to one that the repository doesn't know.
     WrongCluster,
     /// The body exceeds what the name allows.
     TooLarge,
@@ -36,7 +36,7 @@ pub enum Code {
     Misconfigured,
     /// The data directory isn't one, or can't be read.
     DataDirectory,
-    /// The object store can't be reached or doesn't answer properly: can't tell.
+    /// The object store can't be reached, is full, or doesn't answer properly: can't tell.
     StoreUnavailable,
     /// The object store refuses: rights, credentials or bucket.
     StoreDenied,

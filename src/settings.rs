@@ -28,13 +28,13 @@ pub struct RawSettings {
     /// Where backups and WAL are kept: s3://BUCKET/PREFIX or file:///DIRECTORY
     #[arg(long, global = true, env = "PGSIDECAR_REPOSITORY", value_name = "URL", hide_env_values = true)]
     pub repository: Option<String>,
-    /// Name of this database in the repository [default in Kubernetes: NAMESPACE/WORKLOAD, else: main]
+    /// Name of this database in the repository [default: NAMESPACE/WORKLOAD in Kubernetes, else main]
     #[arg(long, global = true, env = "PGSIDECAR_CLUSTER", value_name = "NAME", hide_env_values = true)]
     pub cluster: Option<String>,
     /// PostgreSQL's data directory, on the volume shared with it
     #[arg(long, global = true, env = "PGDATA", value_name = "DIR", hide_env_values = true)]
     pub pgdata: Option<String>,
-    /// Directory of PostgreSQL's socket, or its host [default: 127.0.0.1]
+    /// PostgreSQL's host, or the directory of its socket [default: 127.0.0.1]
     #[arg(long, global = true, env = "PGHOST", value_name = "HOST", hide_env_values = true, hide_short_help = true)]
     pub pghost: Option<String>,
     /// PostgreSQL's port [default: 5432]
@@ -73,7 +73,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub s3_endpoint: Option<String>,
-    /// Region of the bucket
+    /// Region of the bucket [default: that of the AWS profile, else us-east-1]
     #[arg(
         long,
         global = true,
@@ -103,7 +103,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub compression_level: Option<String>,
-    /// Threads that read and compress a base backup, or write a restore, 1 to 16 [default: 2]
+    /// Threads that read and compress a base backup, or unpack a restore, 1 to 16 [default: 2]
     #[arg(
         long,
         global = true,
@@ -113,7 +113,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub parallelism: Option<String>,
-    /// Tar data per part of a base backup, before compression [default: 1GB]
+    /// A part of a base backup ends with the file that brings it to this size, uncompressed, 1MB to 64GB [default: 1GB]
     #[arg(
         long,
         global = true,
@@ -143,7 +143,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub spool: Option<String>,
-    /// Loopback address for archive_command and restore_command [default: 127.0.0.1:7433]
+    /// Where archive_command and restore_command reach the daemon: a loopback address [default: 127.0.0.1:7433]
     #[arg(
         long,
         global = true,
@@ -153,7 +153,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub wal_listen: Option<String>,
-    /// Address for the kubelet's probes and Prometheus [default: 0.0.0.0:7434]
+    /// Where the kubelet's probes and Prometheus reach the daemon [default: 0.0.0.0:7434]
     #[arg(
         long,
         global = true,
@@ -163,7 +163,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub health_listen: Option<String>,
-    /// Unix socket for this command-line tool [default: /run/pgsidecar/control.sock]
+    /// Unix socket where these commands reach the daemon [default: /run/pgsidecar/control.sock]
     #[arg(
         long,
         global = true,
@@ -173,7 +173,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub control_socket: Option<String>,
-    /// pgsidecar-wal as PostgreSQL sees it, for the restore_command of restored servers [default: beside pgsidecar]
+    /// Path of pgsidecar-wal for the restore_command of restored servers [default: pgsidecar-wal beside pgsidecar]
     #[arg(
         long,
         global = true,

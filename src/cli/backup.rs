@@ -26,7 +26,7 @@ pub enum BackupCommand {
 /// `backup create`
 #[derive(Args, Debug)]
 pub struct CreateArgs {
-    /// Take the checkpoint at once instead of spreading it: the backup begins at once, PostgreSQL writes more for a moment
+    /// Take the checkpoint at once instead of spreading it: the backup begins sooner, PostgreSQL writes more for a moment
     #[arg(long)]
     fast: bool,
     /// A label that PostgreSQL keeps in the backup

@@ -26,9 +26,18 @@ use crate::{
 #[derive(Parser, Debug)]
 #[command(name = "pgsidecar", version, about, max_term_width = 110, disable_help_subcommand = true)]
 #[command(after_help = "Settings can be given as flags or in the environment; --help lists them all.\n\n\
-    Exit codes: 0 done; 1 failed; 2 wrong usage; 65 the target can't be reached, or data is damaged; 69 store, PostgreSQL or \
-    daemon unavailable; 70 a bug; 73 the target directory can't be used; 74 a file can't be read or written; 75 busy or too \
-    slow, try again; 77 the store refuses; 78 wrong settings.")]
+    Exit codes:\n   \
+    0  done\n   \
+    1  failed, or refused\n   \
+    2  wrong usage\n  \
+    65  the recovery target can't be reached, or data is damaged\n  \
+    69  the store, PostgreSQL or the daemon is unavailable\n  \
+    70  a bug\n  \
+    73  the directory to restore to can't be used\n  \
+    74  a local file can't be read or written\n  \
+    75  busy, stopping, or not done in time: try again\n  \
+    77  the store refuses: rights, credentials or bucket\n  \
+    78  wrong settings, or PGDATA can't be used")]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -46,12 +55,12 @@ enum Command {
     },
     /// Try everything that backups and restores will need
     Check(check::CheckArgs),
-    /// Show what the daemon does and what can be restored
+    /// Show how the daemon stands: archiving, the last backup, what is wrong
     Status(OutputArgs),
     /// Base backups
     #[command(subcommand)]
     Backup(backup::BackupCommand),
-    /// Restore to a point in time
+    /// Restore to a new directory, to any point in time
     #[command(subcommand)]
     Restore(restore::RestoreCommand),
 }

@@ -24,7 +24,7 @@ use crate::{
 pub enum RestoreCommand {
     /// Show which backup and which WAL a restore would use; changes nothing
     Plan(PlanArgs),
-    /// Restore to a directory
+    /// Restore to a new directory
     Run(RunArgs),
 }
 
@@ -32,7 +32,7 @@ pub enum RestoreCommand {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Recovery target")]
 pub struct TargetArgs {
-    /// End just before or at this time, with its zone: '2026-11-21 06:15:00+01' [default: the end of the archive]
+    /// End at this time, with its zone: '2026-11-21 06:15:00+01' [default: the end of the archive]
     #[arg(long, value_name = "TIME", group = "target")]
     target_time: Option<String>,
     /// End at this LSN
@@ -59,19 +59,31 @@ pub struct TargetArgs {
 #[derive(Args, Debug)]
 pub struct PlanArgs {
     #[command(flatten)]
-    target: TargetArgs,
-    #[command(flatten)]
     system: SystemArgs,
     #[command(flatten)]
     output: OutputArgs,
+    // Last: whatever follows would stand under its heading in --help.
+    #[command(flatten)]
+    target: TargetArgs,
 }
 
 /// `restore run`
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// The directory to restore to: empty, or to be created
+    /// Where to restore to: the absolute path of a directory that is empty or doesn't exist
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
+    /// Put the tablespace of OLD into NEW; can be given several times
+    #[arg(long, value_name = "OLD=NEW")]
+    tablespace_mapping: Vec<String>,
+    /// The restored server's restore_command [default: pgsidecar-wal, asking the daemon at --wal-listen]
+    #[arg(long, value_name = "COMMAND")]
+    restore_command: Option<String>,
+    #[command(flatten)]
+    system: SystemArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    // Last: whatever follows would stand under its heading in --help.
     #[command(flatten)]
     target: TargetArgs,
     /// Stop just before the target instead of just after it
@@ -80,16 +92,6 @@ pub struct RunArgs {
     /// What the server does at the target: promote, pause or shutdown
     #[arg(long, value_name = "ACTION", default_value_t = TargetAction::Promote)]
     target_action: TargetAction,
-    /// Put the tablespace at OLD to NEW; can be given several times
-    #[arg(long, value_name = "OLD=NEW")]
-    tablespace_mapping: Vec<String>,
-    /// With what the restored server gets its WAL [default: pgsidecar-wal restore …]
-    #[arg(long, value_name = "COMMAND")]
-    restore_command: Option<String>,
-    #[command(flatten)]
-    system: SystemArgs,
-    #[command(flatten)]
-    output: OutputArgs,
 }
 
 impl TargetArgs {

@@ -5,7 +5,7 @@
 //! POST /v1/wal/{name}/archive    archive the file of that name in pg_wal           pgsidecar-wal archive %p
 //! GET  /v1/wal/{name}            the file; 404 not_in_archive only when the store said so
 //!                                ?system-identifier=N  of another database system of this cluster name
-//! GET  /v1/status                what is recoverable, backlog, last runs
+//! GET  /v1/status                state, problems, backlog, last backup and job
 //! ```
 
 use std::{io::Read, sync::Arc};

@@ -181,7 +181,7 @@ pub struct BackupRecord {
     pub index: StoredObject,
     /// Number of files in all parts.
     pub files: u64,
-    /// What didn't belong in the backup or couldn't be read, for people.
+    /// What was left out because it is neither a file nor a directory, a sentence each, for people.
     #[serde(default)]
     pub warnings: Vec<String>,
     /// The pgsidecar that made it.

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! <cluster>/<system-identifier>/
-//!   cluster.json                        what the segments are like; written with the first WAL
-//!   wal/<timeline>/owner.json           which workload archives this timeline
+//!   cluster.json                        what the segments are like; written before the first WAL
+//!   wal/<timeline>/owner.json           which workload archives this timeline (nothing writes it yet)
 //!   wal/<timeline>/<timeline><log>/<segment>.zst
 //!   wal/<timeline>/<timeline><log>/<segment>.<offset>.backup.zst
 //!   wal/<timeline>/<timeline><log>/<segment>.partial.<hash>.zst
