@@ -22,14 +22,15 @@ cleanup() {
 trap cleanup EXIT
 
 # PostgreSQL refuses to run as root, and the sidecar runs as the same user.
-run() {
-    if [[ $EUID -eq 0 ]]; then as_postgres env PATH="$BIN:$WORK/bin:/usr/bin:/bin" "$@"; else PATH="$BIN:$WORK/bin:$PATH" "$@"; fi
-}
+AS=(env "PATH=$BIN:$WORK/bin:$PATH")
+if [[ $EUID -eq 0 ]]; then AS=(setpriv --reuid=postgres --regid=postgres --clear-groups "${AS[@]}"); fi
+run() { "${AS[@]}" "$@"; }
 # A server or sidecar in the background; its pid is in PIDS.
 start() {
     local log=$1
     shift
-    run "$@" >"$log" 2>&1 &
+    # Not through run: the pid would be that of a shell around it.
+    "${AS[@]}" "$@" >"$log" 2>&1 &
     PIDS+=($!)
 }
 sql() { run psql -X -q -A -t -v ON_ERROR_STOP=1 -h "$WORK/$1" -d bench -c "$2"; }

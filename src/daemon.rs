@@ -232,8 +232,13 @@ impl App {
         }
         let (pgdata, control) = work.data_directory()?;
         let (repository, settings) = (work.repository(control.system_identifier), work.settings.clone());
+        let app = self.clone();
         self.jobs.start("backup", |progress| async move {
-            backup::create(&repository, &pgdata, &settings, &request, progress).await
+            let record = backup::create(&repository, &pgdata, &settings, &request, progress).await?;
+            if let Ok(work) = &app.work {
+                *work.recoverable.lock().await = None;
+            }
+            Ok(record)
         })
     }
 
@@ -369,8 +374,9 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
     let stop_sender = Arc::new(stop_sender);
     listen_for_signals(stop_sender.clone())?;
     let ProcessSettings { wal_listen, health_listen, control_socket, drain_timeout } = &settings.process;
-    if let Some(directory) = publish_helper {
-        crate::helper::publish(&directory)?;
+    // A database must not stay down because of it: PostgreSQL's own calls will tell that the helper is missing.
+    if let Some(failure) = publish_helper.and_then(|directory| crate::helper::publish(&directory).err()) {
+        tracing::error!(hint = failure.hint, "the helper was not published: {failure}");
     }
     let cant_listen = |what: &str, place: &dyn std::fmt::Display, error: io::Error| {
         Failure::io(format!("listening at {place} for {what}"), &error)

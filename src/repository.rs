@@ -9,7 +9,7 @@ use bytes::Bytes;
 use pgsidecar_core::{
     ArchiveFileName, BackupId, BackupRecord, ClusterName, ContentId, Layout, ObjectKey, SystemIdentifier,
     TimelineHistory, TimelineId, WalSegmentSize,
-    backup::StoredObject,
+    backup::{BACKUP_FORMAT, StoredObject},
     layout::{BackupObject, RepositoryObject},
     plan::{Catalog, WalScan},
 };
@@ -351,7 +351,10 @@ impl Repository {
         };
         match there {
             Some(there) if there == json => Ok(Stored::Already),
-            _ => Err(Failure::new(Code::Conflict, format!("{key} is already there and says something else"))),
+            _ => {
+                Err(Failure::new(Code::Conflict, format!("{key} is already in the repository and says something else"))
+                    .hint("Nothing was overwritten. Does another database use this cluster name (PGSIDECAR_CLUSTER)?"))
+            }
         }
     }
 
@@ -422,7 +425,19 @@ impl Repository {
     /// # Errors
     /// The store's; [`Code::Damaged`] if the record can't be parsed.
     pub async fn backup(&self, id: BackupId) -> Result<Option<BackupRecord>, Failure> {
-        self.read_json(&RepositoryObject::Backup(id, BackupObject::Record)).await
+        let record: Option<BackupRecord> = self.read_json(&RepositoryObject::Backup(id, BackupObject::Record)).await?;
+        let Some(record) = record else { return Ok(None) };
+        if record.format > BACKUP_FORMAT {
+            return Err(Failure::new(
+                Code::Damaged,
+                format!("backup {id} has format {}, and this pgsidecar knows {BACKUP_FORMAT}", record.format),
+            )
+            .hint("It was made by a newer pgsidecar: use that one."));
+        }
+        if record.system_identifier != self.layout.system() || record.id != id {
+            return Err(damaged(&format!("the record of backup {id}"), "it is another backup's"));
+        }
+        Ok(Some(record))
     }
 
     /// The timelines that have WAL or a history.

@@ -24,7 +24,7 @@ use crate::{
 
 /// Backups of a PostgreSQL, from beside it: WAL, base backups, restores to any point in time.
 #[derive(Parser, Debug)]
-#[command(name = "pgsidecar", version, about, max_term_width = 110, disable_help_subcommand = true)]
+#[command(name = "pgsidecar", version, about, disable_help_subcommand = true)]
 #[command(after_help = "Settings can be given as flags or in the environment; --help lists them all.\n\n\
     Exit codes:\n   \
     0  done\n   \
@@ -51,7 +51,7 @@ enum Command {
     Run {
         /// Put pgsidecar-wal into this directory, where PostgreSQL's container finds it
         #[arg(long, env = "PGSIDECAR_PUBLISH_HELPER", value_name = "DIR", hide_env_values = true)]
-        publish_helper: Option<PathBuf>,
+        publish_helper: Option<String>,
     },
     /// Try everything that backups and restores will need
     Check(check::CheckArgs),
@@ -108,7 +108,10 @@ pub fn main() -> ExitCode {
 async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Failure> {
     let done = |()| ExitCode::SUCCESS;
     match command {
-        Command::Run { publish_helper } => daemon::run(settings, publish_helper).await.map(done),
+        Command::Run { publish_helper } => {
+            let publish_helper = publish_helper.filter(|directory| !directory.is_empty()).map(PathBuf::from);
+            daemon::run(settings, publish_helper).await.map(done)
+        }
         Command::Check(args) => check::run(settings, &args).await,
         Command::Status(args) => status::run(settings, args).await.map(done),
         Command::Backup(command) => backup::run(settings, command).await.map(done),

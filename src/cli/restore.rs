@@ -238,5 +238,12 @@ fn print_plan(plan: &RestorePlan, repository: &Repository) -> Result<(), Failure
             ),
         ),
     ];
-    lines.iter().try_for_each(|(name, value)| output::print_line(&format!("{name:<7} {value}")))
+    lines.iter().try_for_each(|(name, value)| output::print_line(&format!("{name:<7} {value}")))?;
+    match plan.gap {
+        None => Ok(()),
+        Some(missing) => output::print_line(&format!(
+            "WARNING {missing} is missing although later WAL is there: what was committed after {} can't be restored",
+            plan.reachable
+        )),
+    }
 }

@@ -39,15 +39,15 @@ pub async fn run(settings: &Settings, args: OutputArgs) -> Result<(), Failure> {
                 _ => "none".to_owned(),
             },
         ),
-        ("Overwriting", text("/conditional_creation")),
+        ("Overwrite guard", text("/conditional_creation")),
     ];
     for (name, value) in lines {
-        output::print_line(&format!("{name:<14} {value}"))?;
+        output::print_line(&format!("{name:<15} {value}"))?;
     }
     for problem in status["problems"].as_array().into_iter().flatten() {
-        output::print_line(&format!("Problem        {}", problem["message"].as_str().unwrap_or_default()))?;
+        output::print_line(&format!("Problem         {}", problem["message"].as_str().unwrap_or_default()))?;
         if let Some(hint) = problem["hint"].as_str().filter(|hint| !hint.is_empty()) {
-            output::print_line(&format!("               HINT: {hint}"))?;
+            output::print_line(&format!("                HINT: {hint}"))?;
         }
     }
     Ok(())

@@ -88,15 +88,39 @@ impl TargetDirectory {
         }
     }
 
-    /// Writes a new file, mode 0600, owned like the directory. Not yet durable.
+    /// Gives the directories themselves to whom the backup says, where nothing else does: as root, in a directory that
+    /// wasn't there.
+    ///
+    /// # Errors
+    /// If the file system refuses.
+    pub fn adopt(&self, owner: (u32, u32)) -> Result<(), Failure> {
+        if self.owner != Owner::AsInBackup {
+            return Ok(());
+        }
+        for path in std::iter::once(&self.path).chain(self.tablespaces.iter().map(|(path, _)| path)) {
+            let changed = chown(path, Some(owner.0), Some(owner.1));
+            changed.map_err(|error| Failure::io(format!("changing the owner of {}", path.display()), &error))?;
+        }
+        Ok(())
+    }
+
+    /// A new file, mode 0600, owned like the directory. Not yet durable.
+    ///
+    /// # Errors
+    /// If it exists or can't be made.
+    pub fn create(&self, name: &str) -> Result<File, Failure> {
+        let path = self.path.join(name);
+        self.create_file(&path, b"").map_err(|error| Failure::io(format!("writing {}", path.display()), &error))
+    }
+
+    /// The same, with content.
     ///
     /// # Errors
     /// If it exists or can't be written.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<(), Failure> {
         let path = self.path.join(name);
-        self.create_file(&path, content)
-            .map(|_| ())
-            .map_err(|error| Failure::io(format!("writing {}", path.display()), &error))
+        let written = self.create_file(&path, content);
+        written.map(|_| ()).map_err(|error| Failure::io(format!("writing {}", path.display()), &error))
     }
 
     fn create_file(&self, path: &Path, content: &[u8]) -> io::Result<File> {

@@ -20,7 +20,7 @@ pub mod unpack;
 use std::{
     collections::BTreeMap,
     fs,
-    io::Write,
+    io::{Read, Write},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     sync::Arc,
@@ -38,13 +38,15 @@ use tokio::task::JoinSet;
 
 use self::{
     directory::TargetDirectory,
-    unpack::{HeldFile, Progress, Unpacker},
+    unpack::{HashingReader, HeldFile, Progress, Unpacker},
 };
 use crate::{
-    codec::HashingWriter,
     failure::{Code, Failure},
     repository::{Repository, damaged},
 };
+
+/// The last part holds a few small files. Anything larger isn't one.
+const MAX_LAST_PART_BYTES: u64 = 8 << 20;
 
 /// What is to happen beyond the plan.
 #[derive(Clone, Debug)]
@@ -166,8 +168,12 @@ async fn fill(
             &format!("its parts hold {files} files, its record says {}", backup.files),
         ));
     }
-    // The manifest is read here, so that a damaged one ends the restore before anything is startable.
-    let manifest = read_stored(repository, backup, BackupObject::Manifest, backup.manifest, Vec::new()).await?;
+    if let Some(file) = held.first() {
+        directory.adopt(file.owner)?;
+    }
+    // Here, so that a damaged one ends the restore before anything is startable.
+    let manifest = directory.create("backup_manifest")?;
+    read_stored(repository, backup, BackupObject::Manifest, backup.manifest, u64::MAX - 1, manifest).await?;
     let settings = RecoverySettings {
         target: plan.target.clone(),
         inclusive: options.inclusive,
@@ -177,10 +183,8 @@ async fn fill(
     };
     let (directory, tablespaces, major) = (directory.clone(), tablespaces.clone(), backup.major_version());
     let mapping = options.tablespaces.clone();
-    tokio::task::spawn_blocking(move || {
-        make_startable(&directory, &tablespaces, &mapping, major, &settings, held, &manifest)
-    })
-    .await?
+    tokio::task::spawn_blocking(move || make_startable(&directory, &tablespaces, &mapping, major, &settings, held))
+        .await?
 }
 
 /// Unpacks parts, several at a time. Returns only when no thread writes any more, whatever happens.
@@ -227,34 +231,38 @@ async fn hold_part(
     part: &PartRecord,
 ) -> Result<Vec<HeldFile>, Failure> {
     let object = BackupObject::Part(part.number);
-    let plain = read_stored(repository, backup, object, part.stored, Vec::new()).await?;
+    let plain = read_stored(repository, backup, object, part.stored, MAX_LAST_PART_BYTES, Vec::new()).await?;
     let key = repository.layout().backup(backup.id, object);
     unpack::hold(&plain).map_err(|error| damaged(key.as_str(), &error.to_string()))
 }
 
-/// Reads a small compressed object of a backup and checks that its bytes are those that were stored.
+/// Reads a compressed object of a backup into a writer, and checks at its end that its bytes were those that were
+/// stored. More plain bytes than `limit` are damage.
 async fn read_stored<W: Write + Send + 'static>(
     repository: &Repository,
     backup: &BackupRecord,
     object: BackupObject,
     stored: StoredObject,
-    writer: W,
+    limit: u64,
+    mut writer: W,
 ) -> Result<W, Failure> {
     let key = repository.layout().backup(backup.id, object);
-    let Some((_, mut reader)) = repository.open_stream(&key).await? else {
+    let Some((_, reader)) = repository.open_stream(&key).await? else {
         return Err(damaged(key.as_str(), "it is missing"));
     };
     let name = key.to_string();
     let read = move || {
         let why = reader.failure();
-        let mut compressed = HashingWriter::new(Vec::new());
-        std::io::copy(&mut reader, &mut compressed).map_err(|error| why.or_io("reading", &error))?;
-        let (bytes, content) = compressed.finish();
-        if content.sha256 != stored.sha256 || content.size != stored.size {
-            return Err(damaged(&name, "its bytes aren't those that were stored"));
+        let bad = |error: std::io::Error| match why.or_io("", &error) {
+            failure if failure.code == Code::Io && error.raw_os_error().is_none() => damaged(&name, &error.to_string()),
+            failure => failure,
+        };
+        let mut decoder = zstd::stream::read::Decoder::new(HashingReader::new(reader)).map_err(bad)?;
+        let copied = std::io::copy(&mut (&mut decoder).take(limit + 1), &mut writer).map_err(bad)?;
+        if copied > limit {
+            return Err(damaged(&name, &format!("it holds more than {limit} bytes")));
         }
-        let mut writer = writer;
-        zstd::stream::copy_decode(bytes.as_slice(), &mut writer).map_err(|error| damaged(&name, &error.to_string()))?;
+        decoder.finish().into_inner().check(stored).map_err(|how| damaged(&name, &how))?;
         Ok(writer)
     };
     tokio::task::spawn_blocking(read).await?
@@ -268,7 +276,6 @@ fn make_startable(
     major: u32,
     settings: &RecoverySettings,
     held: Vec<HeldFile>,
-    manifest: &[u8],
 ) -> Result<(), Failure> {
     let root = directory.path();
     let mut files: BTreeMap<String, HeldFile> = held.into_iter().map(|file| (file.path.clone(), file)).collect();
@@ -291,7 +298,6 @@ fn make_startable(
     remove_if_there(&auto_conf)?;
     directory.write("postgresql.auto.conf", &rewrite_auto_conf(&brought, major, settings))?;
     directory.write("recovery.signal", b"")?;
-    directory.write("backup_manifest", manifest)?;
     directory.write("backup_label", &label.content)?;
     if let Some(map) = map {
         // PostgreSQL makes its links by this file when it starts: with the old locations it would point back to them.

@@ -15,7 +15,10 @@ use std::{
     },
 };
 
-use pgsidecar_core::{Sha256Digest, backup::PartRecord};
+use pgsidecar_core::{
+    Sha256Digest,
+    backup::{PartRecord, StoredObject},
+};
 use sha2::{Digest, Sha256};
 
 use super::directory::TargetDirectory;
@@ -52,13 +55,41 @@ pub struct HeldFile {
     pub path: String,
     /// Its content.
     pub content: Vec<u8>,
+    /// Its owner's user and group id.
+    pub owner: (u32, u32),
 }
 
 /// Computes SHA-256 and length of what is read through it.
-struct HashingReader<R> {
+pub struct HashingReader<R> {
     inner: R,
     hasher: Sha256,
     length: u64,
+}
+
+impl<R: Read> HashingReader<R> {
+    /// Hashes what is read from `inner`.
+    pub fn new(inner: R) -> HashingReader<R> {
+        HashingReader { inner, hasher: Sha256::new(), length: 0 }
+    }
+
+    /// Reads to the end and compares with what was stored; says how it differs.
+    ///
+    /// # Errors
+    /// A description of the damage.
+    pub fn check(mut self, stored: StoredObject) -> Result<(), String> {
+        io::copy(&mut self, &mut io::sink()).map_err(|error| error.to_string())?;
+        let digest = Sha256Digest::new(self.hasher.finalize().into());
+        if self.length == stored.size && digest == stored.sha256 {
+            return Ok(());
+        }
+        Err(format!(
+            "it has {} bytes with SHA-256 {}, stored were {} with {}",
+            self.length,
+            digest.short(),
+            stored.size,
+            stored.sha256.short()
+        ))
+    }
 }
 
 impl<R: Read> Read for HashingReader<R> {
@@ -87,7 +118,7 @@ impl Unpacker {
     /// [`Code::Damaged`] if the part isn't what was stored, [`Code::Io`] if it can't be written.
     pub fn unpack(&self, reader: ChannelReader, part: &PartRecord) -> Result<u64, Failure> {
         let why = reader.failure();
-        let hashing = HashingReader { inner: reader, hasher: Sha256::new(), length: 0 };
+        let hashing = HashingReader::new(reader);
         let mut decoder =
             zstd::stream::read::Decoder::new(hashing).map_err(|error| Failure::io("setting zstd up", &error))?;
         let mut files = 0;
@@ -108,22 +139,7 @@ impl Unpacker {
                 });
             }
         }
-        let mut rest = decoder.finish();
-        io::copy(&mut rest, &mut io::sink()).map_err(|error| why.or_io("reading", &error))?;
-        let hashing = rest.into_inner();
-        let digest = Sha256Digest::new(hashing.hasher.finalize().into());
-        if hashing.length != part.stored.size || digest != part.stored.sha256 {
-            return Err(damaged(
-                "this part",
-                &format!(
-                    "it has {} bytes with SHA-256 {}, stored were {} with {}",
-                    hashing.length,
-                    digest.short(),
-                    part.stored.size,
-                    part.stored.sha256.short()
-                ),
-            ));
-        }
+        decoder.finish().into_inner().check(part.stored).map_err(|how| damaged("this part", &how))?;
         Ok(files)
     }
 
@@ -140,8 +156,7 @@ impl Unpacker {
                 .target(&path)
                 .ok_or_else(|| bad(format!("it names a file outside of the directory: {}", path.display())))?;
             let header = entry.header();
-            let id = |id: io::Result<u64>| id.ok().and_then(|id| u32::try_from(id).ok()).unwrap_or(u32::MAX);
-            let (mode, owner) = (header.mode().unwrap_or(0o600) & 0o777, (id(header.uid()), id(header.gid())));
+            let (mode, owner) = (header.mode().unwrap_or(0o600) & 0o777, owner(header));
             match header.entry_type() {
                 tar::EntryType::Directory => {
                     self.make_directory(&target, mode, owner).map_err(|error| Trouble::Target(target, error))?
@@ -225,6 +240,12 @@ impl Unpacker {
     }
 }
 
+/// User and group id of an entry.
+fn owner(header: &tar::Header) -> (u32, u32) {
+    let id = |id: io::Result<u64>| id.ok().and_then(|id| u32::try_from(id).ok()).unwrap_or(u32::MAX);
+    (id(header.uid()), id(header.gid()))
+}
+
 /// What ended the unpacking of a part, by whose fault.
 enum Trouble {
     Source(io::Error),
@@ -245,9 +266,10 @@ pub fn hold(plain: &[u8]) -> io::Result<Vec<HeldFile>> {
     for entry in tar::Archive::new(BufReader::new(plain)).entries()? {
         let entry = entry?;
         let path = entry.path()?.to_string_lossy().into_owned();
+        let owner = owner(entry.header());
         let mut content = Vec::new();
         entry.take(MAX_HELD_BYTES).read_to_end(&mut content)?;
-        held.push(HeldFile { path, content });
+        held.push(HeldFile { path, content, owner });
     }
     Ok(held)
 }

@@ -12,8 +12,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    ArchiveFileName, BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId, TimelineSpan,
-    WalSegmentSize, recovery::RecoveryTarget,
+    BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId, TimelineSpan, WalSegmentSize,
+    recovery::RecoveryTarget,
 };
 
 /// What a restore was asked for.
@@ -333,6 +333,8 @@ pub struct RestorePlan {
     pub wal_through: SegmentName,
     /// WAL is there up to this point.
     pub reachable: Lsn,
+    /// A segment that is missing although later ones are there. Recovery ends before it, whatever comes after.
+    pub gap: Option<SegmentName>,
 }
 
 fn as_text<S: serde::Serializer>(target: &RecoveryTarget, serializer: S) -> Result<S::Ok, S::Error> {
@@ -380,16 +382,11 @@ impl RestorePlan {
             wal_from: SegmentName::from_number(timeline_of_first, first, size),
             wal_through: last,
             reachable: wal.reachable,
+            gap: wal.gap.then_some(wal.missing),
             timeline: history.timeline(),
             target,
             backup,
         })
-    }
-
-    /// The histories that PostgreSQL will ask for on the way; recovery can't begin without them.
-    pub fn histories_needed(&self) -> Vec<ArchiveFileName> {
-        let named = (self.timeline != TimelineId::FIRST).then_some(ArchiveFileName::History(self.timeline));
-        named.into_iter().collect()
     }
 }
 
