@@ -8,6 +8,8 @@ source "$(dirname "$0")/lib.sh"
 
 usage() { die "usage: garage.sh start DIR PORT | garage.sh stop DIR"; }
 random_hex() { od -An -N "$1" -tx1 /dev/urandom | tr -d ' \n'; }
+# Whether this process is a Garage that runs, rather than one that has ended and waits for somebody to ask how.
+is_garage() { [[ $(cat "/proc/$1/stat" 2>/dev/null) == *"(garage) "[!ZX]* ]]; }
 listening() { (: >"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 start() {
@@ -63,14 +65,13 @@ stop() {
     local dir=$1 pid
     [[ -e $dir/pid ]] || return 0
     pid=$(<"$dir/pid")
-    # Only if it is still ours: ids are used again.
-    if [[ $(cat "/proc/$pid/comm" 2>/dev/null) == garage* ]]; then
-        kill "$pid"
-        for ((tries = 0; tries < 100; tries++)); do
-            kill -0 "$pid" 2>/dev/null || break
-            sleep 0.1
+    # Only if it is still ours: ids are used again. At once, because nobody wants its data any more; an orderly stop takes seconds.
+    if is_garage "$pid"; then
+        kill -KILL "$pid"
+        for ((tries = 0; tries < 500; tries++)); do
+            is_garage "$pid" || break
+            sleep 0.01
         done
-        kill -KILL "$pid" 2>/dev/null || true
     fi
     rm -f "$dir/pid"
 }

@@ -36,7 +36,7 @@ fn pass_on(address: &str, request: &Request) -> Reply {
 }
 
 async fn server_that_replaces() -> (Server, Scripted, S3Store) {
-    let server = Server::start_open();
+    let server = Server::start_s3s_open();
     let address = server.address();
     let proxy = Scripted::start(move |request, _| pass_on(&address, request));
     let endpoint = Some(format!("http://127.0.0.1:{}", proxy.port));
@@ -45,7 +45,7 @@ async fn server_that_replaces() -> (Server, Scripted, S3Store) {
 }
 
 #[tokio::test]
-async fn a_server_that_replaces_objects_is_found_out() {
+async fn a_server_that_replaces_objects_is_found_out_s3s() {
     let (_server, proxy, store) = server_that_replaces().await;
     let ConditionalCreation::LookFirst { reason } = store.conditional_creation().await.unwrap() else { panic!() };
     assert!(reason.contains("replaced"), "{reason}");
@@ -56,7 +56,7 @@ async fn a_server_that_replaces_objects_is_found_out() {
 }
 
 #[tokio::test]
-async fn on_a_server_that_replaces_objects_nothing_is_replaced() {
+async fn on_a_server_that_replaces_objects_nothing_is_replaced_s3s() {
     let (_server, proxy, store) = server_that_replaces().await;
     let (first, second) = (noise(1000, 1), noise(2000, 2));
     let content = ContentId::of(&first);

@@ -23,13 +23,20 @@ pub fn noise(length: usize, seed: u64) -> Bytes {
     bytes.into()
 }
 
+/// How often a transient error is taken for one.
+pub const PATIENCE: u32 = 50;
+
 /// Tries again after transient errors.
 macro_rules! insist {
     ($call:expr) => {{
-        let mut attempts = 0;
+        let mut failures = 0;
         loop {
             match $call.await {
-                Err(error) if pgsidecar::store::StoreError::is_transient(&error) && attempts < 50 => attempts += 1,
+                Err(error)
+                    if pgsidecar::store::StoreError::is_transient(&error) && failures < $crate::support::PATIENCE =>
+                {
+                    failures += 1;
+                }
                 result => break result.unwrap(),
             }
         }
@@ -50,14 +57,14 @@ pub async fn read(store: &dyn Store, at: &str, range: ByteRange) -> Option<Bytes
 
 pub async fn create(store: &dyn Store, at: &str, bytes: &Bytes) -> Creation {
     let (at_key, content) = (key(at), ContentId::of(bytes));
-    let mut is_retry = false;
+    let mut failures = 0;
     let creation = loop {
         match store.create(&at_key, bytes.clone(), Some(&content)).await {
-            Err(error) if error.is_transient() => is_retry = true,
+            Err(error) if error.is_transient() && failures < PATIENCE => failures += 1,
             result => break result.unwrap(),
         }
     };
-    if is_retry && creation == Creation::Exists && read(store, at, ByteRange::All).await.as_ref() == Some(bytes) {
+    if failures > 0 && creation == Creation::Exists && read(store, at, ByteRange::All).await.as_ref() == Some(bytes) {
         return Creation::Created;
     }
     creation
@@ -73,14 +80,14 @@ pub async fn upload(store: &dyn Store, at: &str, bytes: &Bytes, chunk: usize) ->
         }
         upload.finish().await
     };
-    let mut is_retry = false;
+    let mut failures = 0;
     let creation = loop {
         match once().await {
-            Err(error) if error.is_transient() => is_retry = true,
+            Err(error) if error.is_transient() && failures < PATIENCE => failures += 1,
             result => break result.unwrap(),
         }
     };
-    if is_retry && creation == Creation::Exists && read(store, at, ByteRange::All).await.as_ref() == Some(bytes) {
+    if failures > 0 && creation == Creation::Exists && read(store, at, ByteRange::All).await.as_ref() == Some(bytes) {
         return Creation::Created;
     }
     creation

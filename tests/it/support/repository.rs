@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::Scratch;
-use crate::server::{ACCESS_KEY, BUCKET, SECRET_KEY, Server};
+use crate::server::Server;
 
 /// A repository of one test.
 pub enum Repository {
@@ -27,11 +27,11 @@ impl Repository {
         match self {
             Repository::Directory(path) => vec![("PGSIDECAR_REPOSITORY", format!("file://{}", path.display()))],
             Repository::S3(server) => vec![
-                ("PGSIDECAR_REPOSITORY", format!("s3://{BUCKET}/it")),
-                ("AWS_ENDPOINT_URL_S3", format!("http://{}", server.address())),
+                ("PGSIDECAR_REPOSITORY", format!("s3://{}/it", server.bucket())),
+                ("AWS_ENDPOINT_URL_S3", server.endpoint()),
                 ("AWS_REGION", "us-east-1".to_owned()),
-                ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
-                ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
+                ("AWS_ACCESS_KEY_ID", server.access_key().to_owned()),
+                ("AWS_SECRET_ACCESS_KEY", server.secret_key().to_owned()),
             ],
         }
     }
