@@ -452,8 +452,7 @@ fn resolve_process(resolver: &mut Resolver, raw: &RawSettings) -> ProcessSetting
         // The API for WAL has no authentication: who reaches it can read and add WAL.
         address.ip().is_loopback().then_some(address).ok_or_else(|| format!("{text:?} is not a loopback address"))
     };
-    let fixed =
-        |text: &str| SocketAddr::from(address(text).unwrap_or_else(|_| SocketAddr::from(([127, 0, 0, 1], 7433))));
+    let fixed = |text: &str| address(text).unwrap_or_else(|_| SocketAddr::from(([127, 0, 0, 1], 7433)));
     ProcessSettings {
         wal_listen: resolver.value(
             "PGSIDECAR_WAL_LISTEN",
