@@ -73,6 +73,8 @@ pub struct App {
     work: Result<Work, Failure>,
     jobs: Jobs,
     archiver: Arc<Archiver>,
+    /// What went wrong at the start and doesn't keep the rest from working.
+    start_problem: Option<Failure>,
     stopping: AtomicBool,
 }
 
@@ -135,7 +137,7 @@ pub struct ArchiveStatus {
 
 impl App {
     /// Sets up what the requests share.
-    pub async fn new(settings: &Settings) -> App {
+    pub async fn new(settings: &Settings, start_problem: Option<Failure>) -> App {
         let work = match settings.work() {
             Err(failure) => Err(failure),
             Ok(work) => {
@@ -151,7 +153,7 @@ impl App {
                 })
             }
         };
-        App { work, jobs: Jobs::default(), archiver: Arc::default(), stopping: AtomicBool::new(false) }
+        App { work, jobs: Jobs::default(), archiver: Arc::default(), start_problem, stopping: AtomicBool::new(false) }
     }
 
     fn work(&self) -> Result<&Work, Failure> {
@@ -182,10 +184,22 @@ impl App {
     /// # Errors
     /// Why it isn't in the repository.
     pub async fn archive_file(&self, name: ArchiveFileName) -> Result<Stored, Failure> {
-        let work = self.work()?;
-        let (pgdata, control) = work.data_directory()?;
-        let repository = work.noted_repository(&control).await?;
+        let (pgdata, control, repository) = self.ready_to_archive(name).await?;
         self.archiver.archive_file(&repository, &pgdata, &control, name).await
+    }
+
+    /// What archiving needs. That it isn't there counts as a failure to archive.
+    async fn ready_to_archive(
+        &self,
+        name: ArchiveFileName,
+    ) -> Result<(DataDirectory, ControlFile, Repository), Failure> {
+        let ready = async {
+            let work = self.work()?;
+            let (pgdata, control) = work.data_directory()?;
+            let repository = work.noted_repository(&control).await?;
+            Ok((pgdata, control, repository))
+        };
+        ready.await.inspect_err(|failure| self.archiver.note_failure(name, failure))
     }
 
     /// Archives a request's body.
@@ -198,9 +212,7 @@ impl App {
         body: ChannelReader,
         length: Option<u64>,
     ) -> Result<Stored, Failure> {
-        let work = self.work()?;
-        let (_, control) = work.data_directory()?;
-        let repository = work.noted_repository(&control).await?;
+        let (_, control, repository) = self.ready_to_archive(name).await?;
         self.archiver.archive_body(&repository, &control, name, body, length).await
     }
 
@@ -247,7 +259,7 @@ impl App {
         let mut status = Status {
             version: env!("CARGO_PKG_VERSION"),
             state: "ok",
-            problems: Vec::new(),
+            problems: self.start_problem.iter().cloned().collect(),
             cluster: None,
             system_identifier: None,
             repository: None,
@@ -375,8 +387,9 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
     listen_for_signals(stop_sender.clone())?;
     let ProcessSettings { wal_listen, health_listen, control_socket, drain_timeout } = &settings.process;
     // A database must not stay down because of it: PostgreSQL's own calls will tell that the helper is missing.
-    if let Some(failure) = publish_helper.and_then(|directory| crate::helper::publish(&directory).err()) {
-        tracing::error!(hint = failure.hint, "the helper was not published: {failure}");
+    let unpublished = publish_helper.and_then(|directory| crate::helper::publish(&directory).err());
+    if let Some(failure) = &unpublished {
+        tracing::error!(hint = failure.hint, "{failure}");
     }
     let cant_listen = |what: &str, place: &dyn std::fmt::Display, error: io::Error| {
         Failure::io(format!("listening at {place} for {what}"), &error)
@@ -388,7 +401,7 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
         .await
         .map_err(|error| cant_listen("commands", &control_socket.display(), error))?;
 
-    let app = Arc::new(App::new(settings).await);
+    let app = Arc::new(App::new(settings, unpublished).await);
     match &app.work {
         Ok(work) => tracing::info!(
             version = env!("CARGO_PKG_VERSION"), repository = work.store.description(), cluster = %work.settings.cluster,

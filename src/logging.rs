@@ -8,9 +8,9 @@ use crate::settings::SettingError;
 
 /// Starts logging. `default_level` applies where no level was set.
 ///
-/// # Errors
-/// If level or format is unknown. Logging has been started all the same, with the defaults.
-pub fn start(level: Option<&str>, format: Option<&str>, default_level: &str) -> Result<(), SettingError> {
+/// Answers with what is wrong: an unknown level, an unknown format. Logging has been started all the same, with the
+/// defaults.
+pub fn start(level: Option<&str>, format: Option<&str>, default_level: &str) -> Vec<SettingError> {
     let wanted = level.filter(|level| !level.is_empty()).unwrap_or(default_level);
     let (level, bad_level) = match wanted {
         "error" | "warn" | "info" | "debug" | "trace" => (wanted, None),
@@ -34,5 +34,5 @@ pub fn start(level: Option<&str>, format: Option<&str>, default_level: &str) -> 
     let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).with_ansi(ansi);
     // Fails only where logging has been started before, which then goes on.
     let _ = if json { builder.json().flatten_event(true).try_init() } else { builder.try_init() };
-    bad_level.or(bad_format).map_or(Ok(()), Err)
+    bad_level.into_iter().chain(bad_format).collect()
 }

@@ -314,8 +314,9 @@ fn check_archiving(report: &mut Report, server: &crate::postgres::ServerFacts) {
     }
 }
 
+/// Whether curl is told to end with an error on an HTTP error. What stands before it (`test -f %p &&`) isn't curl's.
 fn has_fail_flag(command: &str) -> bool {
-    let mut words = command.split_whitespace();
+    let mut words = command.split_whitespace().skip_while(|word| !word.ends_with("curl"));
     words.any(|word| {
         word.starts_with("--fail") || (word.starts_with('-') && !word.starts_with("--") && word.contains('f'))
     })

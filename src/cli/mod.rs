@@ -87,9 +87,8 @@ pub fn main() -> ExitCode {
     let is_daemon = matches!(cli.command, Command::Run { .. });
     let default_level = if is_daemon { "info" } else { "warn" };
     let mut settings = Settings::resolve(&cli.settings, &PodEnvironment::from_process());
-    if let Err(error) = logging::start(cli.settings.log.as_deref(), cli.settings.log_format.as_deref(), default_level) {
-        settings.add_error(error);
-    }
+    let wrong = logging::start(cli.settings.log.as_deref(), cli.settings.log_format.as_deref(), default_level);
+    wrong.into_iter().for_each(|error| settings.add_error(error));
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(32).enable_all().build();
     let result = match runtime {

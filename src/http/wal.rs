@@ -8,7 +8,7 @@
 //! GET  /v1/status                state, problems, backlog, last backup and job
 //! ```
 
-use std::{io::Read, sync::Arc};
+use std::{io::Read, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
@@ -24,6 +24,9 @@ use crate::{
     failure::{Code, Failure},
     repository::Stored,
 };
+
+/// How long a client may send nothing of a body that is waited for: it occupies one of the archiver's few places.
+const BODY_PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Serialize)]
 struct Archived {
@@ -49,6 +52,13 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
             app.archive_file(name).await.map(|stored| archived(name, stored))
         }
         (&Method::GET, ["v1", "wal", name]) => fetch(&app, parse_name(name)?, request.uri().query()).await,
+        // A name with slashes in it is none.
+        (&Method::PUT | &Method::GET, ["v1", "wal", name @ ..])
+        | (&Method::POST, ["v1", "wal", name @ .., "archive"])
+            if name.len() > 1 =>
+        {
+            parse_name(&name.join("/")).and_then(|_| Err(no_such_route(&request)))
+        }
         (&Method::GET, ["v1", "status"]) => Ok(json(StatusCode::OK, &app.status().await)),
         _ => Err(no_such_route(&request)),
     }
@@ -86,7 +96,19 @@ async fn archive_body(app: &Arc<App>, name: ArchiveFileName, request: Request<In
     let mut body = request.into_body();
     // Ends with the body, with the reader that refuses more, or with the connection.
     let feed = async move {
-        while let Some(frame) = body.frame().await {
+        loop {
+            let idle = || {
+                Failure::new(Code::InvalidRequest, format!("nothing came of the body of {name} for {BODY_PATIENCE:?}"))
+                    .hint("Nothing was stored; the file has to be sent again.")
+            };
+            let frame = match tokio::time::timeout(BODY_PATIENCE, body.frame()).await {
+                Ok(None) => return,
+                Ok(Some(frame)) => frame,
+                Err(_) => {
+                    let _ = sender.send(Err(idle())).await;
+                    return;
+                }
+            };
             let chunk = match frame {
                 Ok(frame) => match frame.into_data() {
                     Ok(data) => Ok(data),

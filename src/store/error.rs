@@ -59,6 +59,8 @@ impl StoreErrorKind {
                  comes from a role, check the role's binding.",
             ),
             StoreErrorKind::NoBucket => Some("Create the bucket, or correct its name, its region or the endpoint."),
+            StoreErrorKind::Unavailable => Some("Look at the store's health; what failed can be tried again."),
+            StoreErrorKind::Throttled => Some("Try again later, or raise the store's limit for requests."),
             StoreErrorKind::Full => Some("Free space, raise the quota, or shorten the retention."),
             _ => None,
         }

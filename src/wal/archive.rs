@@ -193,29 +193,36 @@ impl Archiver {
     }
 
     fn note(&self, name: ArchiveFileName, outcome: &Outcome) {
+        match outcome {
+            Ok(_) => self.note_success(name),
+            Err(failure) => self.note_failure(name, failure),
+        }
+    }
+
+    fn note_success(&self, name: ArchiveFileName) {
         let counters = &self.counters;
         let Ok(mut last) = counters.last.lock() else { return };
-        match outcome {
-            Ok(_) => {
-                counters.archived.fetch_add(1, Relaxed);
-                last.last_archived = Some(LastArchived { file: name, at: Timestamp::now() });
-                if last.last_failure.take().is_some() {
-                    tracing::info!(file = %name, "archiving works again");
-                }
-            }
-            Err(failure) => {
-                counters.failed.fetch_add(1, Relaxed);
-                if failure.code == Code::Conflict {
-                    counters.conflicts.fetch_add(1, Relaxed);
-                }
-                // PostgreSQL asks every second or so: the same failure is told once.
-                let known = last.last_failure.as_ref().is_some_and(|known| known.reason.message == failure.message);
-                if !known {
-                    tracing::error!(file = %name, hint = failure.hint, "archiving failed: {failure}");
-                }
-                last.last_failure = Some(LastFailure { file: name, at: Timestamp::now(), reason: failure.clone() });
-            }
+        counters.archived.fetch_add(1, Relaxed);
+        last.last_archived = Some(LastArchived { file: name, at: Timestamp::now() });
+        if last.last_failure.take().is_some() {
+            tracing::info!(file = %name, "archiving works again");
         }
+    }
+
+    /// Counts and tells a request that failed.
+    pub fn note_failure(&self, name: ArchiveFileName, failure: &Failure) {
+        let counters = &self.counters;
+        let Ok(mut last) = counters.last.lock() else { return };
+        counters.failed.fetch_add(1, Relaxed);
+        if failure.code == Code::Conflict {
+            counters.conflicts.fetch_add(1, Relaxed);
+        }
+        // PostgreSQL asks every second or so: the same failure is told once.
+        let known = last.last_failure.as_ref().is_some_and(|known| known.reason.message == failure.message);
+        if !known {
+            tracing::error!(file = %name, hint = failure.hint, "archiving failed: {failure}");
+        }
+        last.last_failure = Some(LastFailure { file: name, at: Timestamp::now(), reason: failure.clone() });
     }
 
     async fn archive(

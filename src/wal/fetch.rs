@@ -65,6 +65,8 @@ impl Fetcher {
         let spool = self.open_spool()?;
         match repository.read_plain(&key, spool).await? {
             None => Err(not_in_archive(name)),
+            // No such file is ever empty, and PostgreSQL would take an empty history for a timeline without parents.
+            Some((_, content)) if content.size == 0 => Err(damaged(&name.to_string(), "it is empty")),
             Some((mut file, _)) => {
                 if let ArchiveFileName::Segment(segment) = name {
                     let mut head = [0; WalHeader::LEN];

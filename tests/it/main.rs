@@ -2,6 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
 mod archiving;
+mod bad_input;
+mod daemon;
+mod misconfiguration;
 #[path = "../support/server.rs"]
 mod server;
 mod support;
+mod wal_restoring;

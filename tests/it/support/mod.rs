@@ -4,7 +4,9 @@
 //! both as `PGSIDECAR_TEST_USER`.
 
 mod postgres;
+mod proxy;
 mod repository;
+mod requests;
 mod sidecar;
 
 use std::{
@@ -17,8 +19,10 @@ use std::{
 };
 
 pub use postgres::Postgres;
+pub use proxy::{Proxy, Way};
 pub use repository::Repository;
-pub use sidecar::{Sidecar, archiving};
+pub use requests::{connect, exchange, head, segment};
+pub use sidecar::{Sidecar, archiving, archiving_with, beside};
 
 /// A directory for one test, reachable and writable for the servers' user. Removed unless the test fails.
 pub struct Scratch {

@@ -154,8 +154,8 @@ impl Postgres {
 
     /// Leaves the current WAL segment; answers with its name.
     pub fn switch_wal(&self) -> String {
-        self.sql("SELECT pg_walfile_name(pg_create_restore_point('switch')) FROM (SELECT 1) one");
-        let name = self.sql("SELECT pg_walfile_name(pg_current_wal_lsn())");
+        // Of the record itself: what has been written so far may still end with the segment before.
+        let name = self.sql("SELECT pg_walfile_name(pg_create_restore_point('switch'))");
         self.sql("SELECT pg_switch_wal()");
         name
     }

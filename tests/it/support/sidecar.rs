@@ -160,11 +160,29 @@ impl Drop for Sidecar {
 
 /// A server that archives through a running daemon to a repository: what most tests begin with.
 pub fn archiving(scratch: &Scratch, major: u32, options: &[&str], repository: &Repository) -> (Postgres, Sidecar) {
-    let mut postgres = Postgres::initdb(scratch, major, options);
-    let mut sidecar = Sidecar::new(scratch, &postgres, repository);
-    let settings = sidecar.archive_settings();
-    postgres.configure(&settings.iter().map(String::as_str).collect::<Vec<_>>());
+    archiving_with(scratch, major, options, repository, &[])
+}
+
+/// The same with settings of the daemon's environment.
+pub fn archiving_with(
+    scratch: &Scratch,
+    major: u32,
+    options: &[&str],
+    repository: &Repository,
+    settings: &[(&str, &str)],
+) -> (Postgres, Sidecar) {
+    let (mut postgres, mut sidecar) = beside(scratch, major, options, repository);
+    settings.iter().for_each(|(name, value)| sidecar.set(name, value));
+    let lines = sidecar.archive_settings();
+    postgres.configure(&lines.iter().map(String::as_str).collect::<Vec<_>>());
     postgres.start(&[]);
     sidecar.start();
+    (postgres, sidecar)
+}
+
+/// A new data directory and a daemon for it, neither of them started. `options` are initdb's.
+pub fn beside(scratch: &Scratch, major: u32, options: &[&str], repository: &Repository) -> (Postgres, Sidecar) {
+    let postgres = Postgres::initdb(scratch, major, options);
+    let sidecar = Sidecar::new(scratch, &postgres, repository);
     (postgres, sidecar)
 }
