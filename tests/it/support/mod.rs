@@ -5,6 +5,7 @@
 
 mod postgres;
 mod repository;
+pub mod restoring;
 mod sidecar;
 
 use std::{
