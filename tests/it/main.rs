@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
 mod archiving;
+mod backup;
+mod by_hand;
 mod point_in_time;
 mod restore_refusals;
 #[path = "../support/server.rs"]
