@@ -155,9 +155,12 @@ fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_n
         there("pgsql_tmp/pgsql_tmp*") && there("5/t*_*")
     });
     let pgbench = Background::start(postgres.client("pgbench").args(["-n", "-c", "2", "-T", "600"]));
-    let mut ddl = Background::start(postgres.client("bash").args(["-c", DDL]).env("PATH", path_with(17)));
+    let mut bash = command("bash");
+    bash.args(["-c", DDL]).env("PATH", path_with(17)).current_dir(&postgres.socket);
+    bash.env("PGHOST", &postgres.socket).env("PGUSER", "postgres").env("PGDATABASE", "postgres");
+    let mut ddl = Background::start(&mut bash);
     let rounds = || fs::read_to_string(postgres.socket.join("rounds")).ok().and_then(|n| n.trim().parse::<u32>().ok());
-    wait_until("DDL runs", Duration::from_secs(60), || rounds() >= Some(2));
+    wait_until("DDL runs", Duration::from_secs(60), || rounds() >= Some(12));
     let before = rounds();
     let id = back_up(&sidecar);
     wait_until("DDL has gone on", Duration::from_secs(60), || rounds() > before);

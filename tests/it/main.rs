@@ -3,6 +3,7 @@
 
 mod archiving;
 mod backup;
+mod brought_along;
 mod by_hand;
 mod point_in_time;
 mod restore_refusals;
