@@ -207,7 +207,10 @@ impl Unpacker {
         buffer: &mut [u8],
     ) -> Result<(), Trouble> {
         let target = |error| Trouble::Target(path.to_owned(), error);
-        let mut file = self.open_new(path, mode, owner).map_err(target)?;
+        let mut file = self.open_new(path, mode, owner).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => bad(format!("it holds {}, which another part holds too", path.display())),
+            _ => target(error),
+        })?;
         loop {
             let n = match content.read(buffer) {
                 Ok(0) => break,
@@ -224,7 +227,8 @@ impl Unpacker {
         self.directory.own(path, owner).map_err(target)
     }
 
-    /// Each file is in the backup once: one that is there already means that it isn't ours.
+    /// Each file is in the backup once, and the directory was empty: one that is there already came from a part that
+    /// isn't what it should be.
     fn open_new(&self, path: &Path, mode: u32, owner: (u32, u32)) -> io::Result<File> {
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(mode);

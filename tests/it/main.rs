@@ -5,6 +5,11 @@ mod archiving;
 mod bad_input;
 mod daemon;
 mod misconfiguration;
+mod backup;
+mod brought_along;
+mod by_hand;
+mod point_in_time;
+mod restore_refusals;
 #[path = "../support/server.rs"]
 mod server;
 mod support;

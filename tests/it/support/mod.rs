@@ -7,6 +7,7 @@ mod postgres;
 mod proxy;
 mod repository;
 mod requests;
+pub mod restoring;
 mod sidecar;
 
 use std::{

@@ -15,6 +15,8 @@ pub struct Postgres {
     pub data: PathBuf,
     pub socket: PathBuf,
     pub major: u32,
+    /// Variables of the server's environment.
+    pub environment: Vec<(String, String)>,
     child: Option<Child>,
 }
 
@@ -58,7 +60,7 @@ impl Postgres {
             fs::create_dir(&socket).unwrap();
             give_to_servers(&socket);
         }
-        Postgres { data, socket, major, child: None }
+        Postgres { data, socket, major, environment: Vec::new(), child: None }
     }
 
     /// Adds lines to postgresql.conf.
@@ -83,6 +85,7 @@ impl Postgres {
     pub fn spawn(&mut self, options: &[&str]) {
         let log = OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
         let mut postgres = command(Postgres::bin(self.major).join("postgres"));
+        postgres.envs(self.environment.iter().map(|(name, value)| (name, value)));
         postgres.arg("-D").arg(&self.data).args(["-c", "listen_addresses="]);
         postgres.arg("-c").arg(format!("unix_socket_directories={}", self.socket.display())).args(options);
         postgres
