@@ -3,7 +3,9 @@
 //! PostgreSQL refuses to run as root, and the sidecar runs as the same user as PostgreSQL: as root, the tests start
 //! both as `PGSIDECAR_TEST_USER`.
 
+mod look;
 mod postgres;
+mod proxy;
 mod repository;
 mod sidecar;
 
@@ -16,7 +18,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use look::Look;
 pub use postgres::Postgres;
+pub use proxy::{Mode, Proxy};
 pub use repository::Repository;
 pub use sidecar::{Sidecar, archiving};
 

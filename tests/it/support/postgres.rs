@@ -154,8 +154,9 @@ impl Postgres {
 
     /// Leaves the current WAL segment; answers with its name.
     pub fn switch_wal(&self) -> String {
-        self.sql("SELECT pg_walfile_name(pg_create_restore_point('switch')) FROM (SELECT 1) one");
-        let name = self.sql("SELECT pg_walfile_name(pg_current_wal_lsn())");
+        // Something has to be in the segment, or there is nothing to switch. (pg_current_wal_lsn() is what was written
+        // so far, which this record isn't yet.)
+        let name = self.sql("SELECT pg_walfile_name(pg_create_restore_point('switch'))");
         self.sql("SELECT pg_switch_wal()");
         name
     }

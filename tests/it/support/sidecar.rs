@@ -77,6 +77,11 @@ impl Sidecar {
         });
     }
 
+    /// Goes to the store through this proxy instead of directly.
+    pub fn through(&mut self, proxy: &super::Proxy) {
+        self.set("AWS_ENDPOINT_URL_S3", &format!("http://{}", proxy.address()));
+    }
+
     fn log_path(&self) -> PathBuf {
         self.directory.join("sidecar.log")
     }
@@ -108,6 +113,15 @@ impl Sidecar {
     /// Runs the command-line tool.
     pub fn cli(&self, arguments: &[&str]) -> Output {
         self.command(Sidecar::program()).args(arguments).output().unwrap()
+    }
+
+    /// The command-line tool in the background; its output goes to a file that is told with it.
+    pub fn spawn(&self, arguments: &[&str]) -> (Child, PathBuf) {
+        let path = self.directory.join("spawned.log");
+        let log = fs::File::create(&path).unwrap();
+        let mut command = self.command(Sidecar::program());
+        command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        (command.spawn().unwrap(), path)
     }
 
     /// Runs it; it has to succeed. Answers with what it printed.
