@@ -3,6 +3,7 @@
 
 mod archiving;
 mod crash;
+mod memory;
 mod outage;
 #[path = "../support/server.rs"]
 mod server;
