@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help check fmt fmt-check lint deny layers shell test test-garage demo tools clean
+.PHONY: help check fmt fmt-check lint deny layers shell test test-garage demo memory tools clean
 
 # The demo's store: see scripts/demo.sh.
 STORE ?=
@@ -37,6 +37,12 @@ demo: ## a database, its backup, a disaster and its restore
 	scripts/setup-postgres.sh
 	cargo build --release --locked -p pgsidecar -p pgsidecar-wal
 	STORE=$(STORE) scripts/demo.sh
+
+memory: ## backup and restore of 2 GB held to 128 MiB, with the peaks
+	scripts/setup-postgres.sh
+	scripts/setup-s3s.sh
+	cargo build --release --locked -p pgsidecar -p pgsidecar-wal
+	scripts/memory.sh
 
 tools: ## only set up what check and test need
 	scripts/setup-postgres.sh

@@ -222,6 +222,13 @@ impl Session {
             ..150_000 => "SELECT pg_start_backup($1, $2, false)::text, extract(epoch FROM clock_timestamp())::float8",
             _ => "SELECT pg_backup_start($1, $2)::text, extract(epoch FROM clock_timestamp())::float8",
         };
+        // While it waits for the checkpoint, PostgreSQL doesn't notice by itself that we have died: the session, and what
+        // it holds, would stay for minutes. Where the server's platform can't look, it stays as it is.
+        if let Err(failure) =
+            self.row("SELECT set_config('client_connection_check_interval', '2s', false)", &[], STATEMENT_TIMEOUT).await
+        {
+            tracing::debug!(%failure, "PostgreSQL doesn't look whether its clients are there");
+        }
         let row = self
             .row(sql, &[&label, &fast], CHECKPOINT_TIMEOUT)
             .await

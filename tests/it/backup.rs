@@ -9,8 +9,8 @@ use std::{
 };
 
 use crate::support::{
-    Postgres, Repository, Scratch, Sidecar, command,
-    restoring::{archiving_with, back_up, restore, restored, ship_wal, text},
+    Postgres, Repository, Scratch, command,
+    restoring::{archiving_with, back_up, restore, ship_wal, text},
     run, wait_until,
 };
 

@@ -2,13 +2,10 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
-use crate::{
-    server::{ACCESS_KEY, BUCKET, SECRET_KEY},
-    support::{
-        Postgres, Repository, Scratch, command,
-        restoring::{AS_A_COPY, archiving_with, back_up, ship_wal, text},
-        run, wait_until,
-    },
+use crate::support::{
+    Postgres, Repository, Scratch, command,
+    restoring::{AS_A_COPY, archiving_with, back_up, ship_wal, text},
+    run, wait_until,
 };
 
 /// The code blocks of the section, in order: S3, directory.
@@ -105,9 +102,9 @@ fn a_backup_in_s_3_is_restored_by_the_documented_commands_awscli_pg15() {
         ("HOME", text(scratch.path()).to_owned()),
         ("AWS_REGION", "us-east-1".to_owned()),
         ("AWS_MAX_ATTEMPTS", "1".to_owned()),
-        ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
-        ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
-        ("BUCKET", BUCKET.to_owned()),
+        ("AWS_ACCESS_KEY_ID", server.access_key().to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", server.secret_key().to_owned()),
+        ("BUCKET", server.bucket().to_owned()),
         ("PREFIX", "it".to_owned()),
     ];
     restores(&scratch, &source, &blocks()[0], &environment);

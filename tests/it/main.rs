@@ -2,12 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
 mod archiving;
-mod bad_input;
-mod daemon;
-mod misconfiguration;
 mod backup;
+mod bad_input;
 mod brought_along;
 mod by_hand;
+mod crash;
+mod daemon;
+mod memory;
+mod misconfiguration;
+mod outage;
 mod point_in_time;
 mod restore_refusals;
 #[path = "../support/server.rs"]

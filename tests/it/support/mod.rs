@@ -3,12 +3,14 @@
 //! PostgreSQL refuses to run as root, and the sidecar runs as the same user as PostgreSQL: as root, the tests start
 //! both as `PGSIDECAR_TEST_USER`.
 
+mod look;
 mod postgres;
 mod proxy;
 mod repository;
 mod requests;
 pub mod restoring;
 mod sidecar;
+mod wire;
 
 use std::{
     ffi::OsStr,
@@ -19,11 +21,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use look::Look;
 pub use postgres::Postgres;
 pub use proxy::{Proxy, Way};
 pub use repository::Repository;
 pub use requests::{connect, exchange, head, segment};
 pub use sidecar::{Sidecar, archiving, archiving_with, beside};
+pub use wire::{Mode, Wire};
 
 /// A directory for one test, reachable and writable for the servers' user. Removed unless the test fails.
 pub struct Scratch {

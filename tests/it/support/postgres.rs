@@ -157,7 +157,8 @@ impl Postgres {
 
     /// Leaves the current WAL segment; answers with its name.
     pub fn switch_wal(&self) -> String {
-        // Of the record itself: what has been written so far may still end with the segment before.
+        // Something has to be in the segment, or there is nothing to switch. (pg_current_wal_lsn() is what was written
+        // so far, which this record isn't yet.)
         let name = self.sql("SELECT pg_walfile_name(pg_create_restore_point('switch'))");
         self.sql("SELECT pg_switch_wal()");
         name
@@ -183,10 +184,6 @@ impl Postgres {
             rustix::process::kill_process(pid, signal).unwrap();
             child.wait().unwrap();
         }
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.data
     }
 }
 

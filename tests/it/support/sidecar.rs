@@ -14,6 +14,8 @@ pub struct Sidecar {
     pub environment: Vec<(String, String)>,
     pub port: u16,
     pub health_port: u16,
+    /// The limit for the daemon's private writable memory (RLIMIT_DATA), in bytes.
+    pub memory_limit: Option<u64>,
     directory: PathBuf,
     child: Option<Child>,
 }
@@ -47,7 +49,14 @@ impl Sidecar {
             ("PGSIDECAR_LOG".to_owned(), "debug".to_owned()),
         ];
         environment.extend(repository.environment().into_iter().map(|(name, value)| (name.to_owned(), value)));
-        Sidecar { environment, port, health_port, directory: scratch.path().to_owned(), child: None }
+        Sidecar {
+            environment,
+            port,
+            health_port,
+            memory_limit: None,
+            directory: scratch.path().to_owned(),
+            child: None,
+        }
     }
 
     /// Sets or replaces a variable of its environment.
@@ -66,7 +75,14 @@ impl Sidecar {
     /// Starts the daemon and waits until it answers.
     pub fn start(&mut self) {
         let log = OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
-        let mut daemon = self.command(Sidecar::program());
+        let mut daemon = match self.memory_limit {
+            None => self.command(Sidecar::program()),
+            Some(bytes) => {
+                let mut limited = self.command("prlimit");
+                limited.arg(format!("--data={bytes}")).arg(Sidecar::program());
+                limited
+            }
+        };
         daemon.arg("run").stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.child = Some(daemon.spawn().unwrap());
         wait_until("the daemon answers", Duration::from_secs(20), || {
@@ -75,6 +91,11 @@ impl Sidecar {
             }
             self.cli(&["status"]).status.success()
         });
+    }
+
+    /// Goes to the store through this proxy instead of directly.
+    pub fn through(&mut self, proxy: &super::Wire) {
+        self.set("AWS_ENDPOINT_URL_S3", &format!("http://{}", proxy.address()));
     }
 
     fn log_path(&self) -> PathBuf {
@@ -108,6 +129,15 @@ impl Sidecar {
     /// Runs the command-line tool.
     pub fn cli(&self, arguments: &[&str]) -> Output {
         self.command(Sidecar::program()).args(arguments).output().unwrap()
+    }
+
+    /// The command-line tool in the background; its output goes to a file that is told with it.
+    pub fn spawn(&self, arguments: &[&str]) -> (Child, PathBuf) {
+        let path = self.directory.join("spawned.log");
+        let log = fs::File::create(&path).unwrap();
+        let mut command = self.command(Sidecar::program());
+        command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        (command.spawn().unwrap(), path)
     }
 
     /// Runs it; it has to succeed. Answers with what it printed.

@@ -1,0 +1,483 @@
+//! Every call to the store fails once: before it has done anything, and after it has, when only the answer is lost.
+//!
+//! Each operation is run with the first call failing, then with the second one, and so on, until it gets through
+//! without meeting the fault. After each failure nothing half is visible and the same call again succeeds; an
+//! acknowledged file is there, identical (I1), and other content under its name is refused (I2).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+use pgsidecar::{
+    failure::{Code, Failure},
+    repository::{BackupClaim, Stored},
+    restore::{self, RestoreOptions, unpack::Progress},
+    store::{
+        StoreErrorKind,
+        fault::{Fault, Operation},
+    },
+    wal::{archive::Archiver, fetch::Fetcher},
+};
+use pgsidecar_core::{
+    ArchiveFileName, BackupId, BackupKind,
+    backup::{BACKUP_FORMAT, PartRecord, StoredObject},
+    layout::{BackupObject, RepositoryObject},
+    plan::RestoreRequest,
+    recovery::{RecoveryTarget, TargetAction},
+};
+use support::{SYSTEM, World, body, noise, segment};
+
+/// Each fault that every call is to meet.
+const FAULTS: [Fault; 2] = [Fault::Before(StoreErrorKind::Unavailable), Fault::After(StoreErrorKind::Unavailable)];
+
+/// Runs `attempt` with the Nth call of this kind failing, for each N until none fails any more. `check` looks at the
+/// world after the attempt.
+async fn sweep<T>(
+    operation: Operation,
+    mut attempt: impl AsyncFnMut(&World) -> Result<T, Failure>,
+    mut check: impl AsyncFnMut(&World, Result<T, Failure>),
+) -> u64 {
+    let mut met = 0;
+    for fault in FAULTS {
+        for nth in 1.. {
+            let world = World::new();
+            world.plan.clone().on_nth(nth, operation, "", fault);
+            let outcome = attempt(&world).await;
+            let injected = world.plan.injected();
+            assert!(injected <= 1 && nth < 200, "{operation:?} {nth} {fault:?}");
+            world.plan.heal();
+            if injected == 0 {
+                assert!(outcome.is_ok(), "{operation:?} {nth} {fault:?}: {:?}", outcome.err());
+            }
+            world.check_all_whole().await;
+            check(&world, outcome).await;
+            if injected == 0 {
+                break;
+            }
+            met += 1;
+        }
+    }
+    met
+}
+
+const OPERATIONS: [Operation; 9] = [
+    Operation::Create,
+    Operation::Begin,
+    Operation::Write,
+    Operation::Finish,
+    Operation::Head,
+    Operation::Get,
+    Operation::List,
+    Operation::Delete,
+    Operation::Pending,
+];
+
+/// The sweep over all operations. Answers how many faults were met: none would prove nothing.
+async fn sweep_all<T>(
+    mut attempt: impl AsyncFnMut(&World) -> Result<T, Failure>,
+    mut check: impl AsyncFnMut(&World, Result<T, Failure>),
+) -> u64 {
+    let mut met = 0;
+    for operation in OPERATIONS {
+        met += sweep(operation, &mut attempt, &mut check).await;
+    }
+    met
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_in_one_request_survives_a_fault_at_each_call() {
+    let (name, bytes) = segment(1, 7, 1);
+    let other = segment(2, 7, 1).1;
+    let archive = async |world: &World, bytes: &Bytes| {
+        let control = world.control();
+        Archiver::default().archive_body(&world.repository, &control, name, body(bytes), Some(bytes.len() as u64)).await
+    };
+    let met = sweep_all(
+        async |world| archive(world, &bytes).await,
+        async |world, outcome| {
+            let there = world.wal(&name).await;
+            match outcome {
+                Ok(_) => assert!(there.as_ref() == Some(&bytes), "acknowledged"),
+                Err(failure) => {
+                    assert_eq!(failure.code, Code::StoreUnavailable, "{failure}");
+                    assert!(there.is_none() || there.as_ref() == Some(&bytes));
+                }
+            }
+            let again = archive(world, &bytes).await.unwrap();
+            assert_eq!(again == Stored::Already, there.is_some());
+            assert!(world.wal(&name).await.as_ref() == Some(&bytes));
+            let refused = archive(world, &other).await.unwrap_err();
+            assert_eq!(refused.code, Code::Conflict);
+            assert!(world.wal(&name).await.as_ref() == Some(&bytes), "nothing was overwritten");
+        },
+    )
+    .await;
+    assert!(met >= 2, "{met}");
+}
+
+/// More than what is sent in one request, so that the store gets no identity along with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_in_a_streamed_upload_survives_a_fault_at_each_kind_of_call() {
+    let (name, bytes) = segment(1, 3, 32);
+    let other = segment(2, 3, 32).1;
+    for fault in FAULTS {
+        for (operation, nth) in [
+            (Operation::Begin, 1),
+            (Operation::Write, 1),
+            (Operation::Write, 2),
+            (Operation::Write, 40),
+            (Operation::Finish, 1),
+        ] {
+            let world = World::with_segment_size(32);
+            let control = world.control();
+            let archiver = Archiver::default();
+            let archive =
+                async |bytes: &Bytes| archiver.archive_body(&world.repository, &control, name, body(bytes), None).await;
+            world.plan.clone().on_nth(nth, operation, "", fault);
+            let failure = archive(&bytes).await.unwrap_err();
+            assert_eq!((failure.code, world.plan.injected()), (Code::StoreUnavailable, 1), "{operation:?} {failure}");
+            let there = world.wal(&name).await;
+            assert_eq!(there.is_some(), operation == Operation::Finish && matches!(fault, Fault::After(_)));
+            // Settling what is there takes reading it, and the reading fails too.
+            if there.is_some() {
+                for nth in 1..=2 {
+                    world.plan.clone().on_nth(nth, Operation::Get, "", fault);
+                    let _ = archive(&bytes).await;
+                    world.plan.heal();
+                }
+            }
+            let again = archive(&bytes).await.unwrap();
+            assert_eq!(again == Stored::Already, there.is_some());
+            assert!(world.wal(&name).await.as_ref() == Some(&bytes));
+            assert_eq!(archive(&other).await.unwrap_err().code, Code::Conflict);
+            assert!(world.wal(&name).await.as_ref() == Some(&bytes), "nothing was overwritten");
+            world.check_all_whole().await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_pg_wal_survives_a_fault_at_each_call_and_one_upload_serves_all_who_ask() {
+    let (name, bytes) = segment(1, 9, 1);
+    let history: ArchiveFileName = "00000002.history".parse().unwrap();
+    let partial: ArchiveFileName = "000000010000000000000009.partial".parse().unwrap();
+    let text = Bytes::from_static(b"1\t0/900000\tno recovery target specified\n");
+    for (name, bytes) in [(name, bytes.clone()), (history, text), (partial, bytes)] {
+        let archive = async |world: &World| {
+            let (archiver, control) = (Arc::new(Archiver::default()), world.control());
+            let ask = || archiver.archive_file(&world.repository, &world.pgdata, &control, name);
+            let (first, second) = tokio::join!(ask(), ask());
+            assert_eq!(first, second, "both wait for the same upload");
+            first
+        };
+        let met = sweep_all(
+            async |world| {
+                world.put_wal(&name, &bytes);
+                archive(world).await
+            },
+            async |world, outcome| {
+                if outcome.is_ok() {
+                    assert!(world.wal(&name).await.as_ref() == Some(&bytes));
+                }
+                archive(world).await.unwrap();
+                assert!(world.wal(&name).await.as_ref() == Some(&bytes));
+                let mut other = bytes.to_vec();
+                *other.last_mut().unwrap() ^= 1;
+                world.put_wal(&name, &other);
+                match (name, archive(world).await) {
+                    // Its key carries its hash: two standbys' partial segments may differ.
+                    (ArchiveFileName::Partial(_), stored) => assert_eq!(stored, Ok(Stored::New)),
+                    // A history may become none by the change: refused anyhow.
+                    (_, stored) => {
+                        let code = stored.unwrap_err().code;
+                        assert!(matches!(code, Code::Conflict | Code::InvalidSegment), "{code:?}");
+                        assert!(world.wal(&name).await.as_ref() == Some(&bytes));
+                    }
+                }
+            },
+        )
+        .await;
+        assert!(met >= 2, "{name} {met}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_breaks_off_leaves_nothing_whatever_the_store_does() {
+    let (name, bytes) = segment(1, 7, 1);
+    let world = World::new();
+    let control = world.control();
+    for cut in [0, 1, 39, 40, 300_000, bytes.len() - 1] {
+        let short = bytes.slice(..cut);
+        let archiver = Archiver::default();
+        let failure = archiver.archive_body(&world.repository, &control, name, body(&short), None).await.unwrap_err();
+        assert_eq!(failure.code, Code::InvalidSegment, "{cut}");
+        assert_eq!(world.wal(&name).await, None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_survives_a_fault_at_each_call() {
+    let id = BackupId::new("2026-11-21T06:15:00Z".parse().unwrap(), BackupKind::Full);
+    let object = RepositoryObject::Backup(id, BackupObject::Started);
+    let claim = |attempt: &str| BackupClaim { id, instance: "pod-0".to_owned(), attempt: attempt.to_owned() };
+    let met = sweep_all(
+        async |world| world.repository.store_json(&object, &claim("a")).await,
+        async |world, outcome| {
+            let there: Option<BackupClaim> = world.repository.read_json(&object).await.unwrap();
+            if outcome.is_ok() {
+                assert_eq!(there, Some(claim("a")));
+            }
+            let again = world.repository.store_json(&object, &claim("a")).await.unwrap();
+            assert_eq!(again == Stored::Already, there.is_some());
+            let refused = world.repository.store_json(&object, &claim("b")).await.unwrap_err();
+            assert_eq!(refused.code, Code::Conflict);
+            assert_eq!(world.repository.read_json::<BackupClaim>(&object).await.unwrap(), Some(claim("a")));
+        },
+    )
+    .await;
+    assert!(met >= 2, "{met}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_fetched_is_identical_or_an_error_and_never_said_to_be_missing() {
+    let (name, bytes) = segment(1, 7, 1);
+    let missing = segment(1, 8, 1).0;
+    let size = bytes.len() as u64;
+    let mut faults: Vec<Fault> = FAULTS.to_vec();
+    faults.extend([0, 1, 1000, size / 2].map(Fault::Cut));
+    faults.extend([0, 5, 1000, size / 2].map(Fault::Flip));
+    faults.push(Fault::Before(StoreErrorKind::Unreachable));
+    faults.push(Fault::Before(StoreErrorKind::Denied));
+    faults.push(Fault::Before(StoreErrorKind::NoBucket));
+    let mut failures = 0;
+    for fault in faults {
+        for nth in 1..=3 {
+            let world = World::new();
+            let control = world.control();
+            world.repository.note_cluster(control.wal_segment_size).await.unwrap();
+            let archiver = Archiver::default();
+            archiver.archive_body(&world.repository, &control, name, body(&bytes), None).await.unwrap();
+            world.plan.clone().on_nth(nth, Operation::Get, "", fault);
+            let fetcher = Fetcher::new(&world.directory().join("spool"));
+            match fetcher.fetch(&world.repository, name).await {
+                Ok(file) => assert!(std::fs::read(file.path()).unwrap() == bytes, "{fault:?} {nth}"),
+                Err(failure) => {
+                    failures += 1;
+                    assert_ne!(failure.code, Code::NotInArchive, "{fault:?} {nth}: {failure}");
+                }
+            }
+            world.plan.heal();
+            assert_eq!(fetcher.fetch(&world.repository, missing).await.unwrap_err().code, Code::NotInArchive);
+            // A missing one, when it can't be told: once for cluster.json, once for the segment.
+            for nth in 1..=2 {
+                let world_fault = Fault::Before(StoreErrorKind::Unavailable);
+                world.plan.clone().on_nth(nth, Operation::Get, "", world_fault);
+                let code = fetcher.fetch(&world.repository, missing).await.unwrap_err().code;
+                assert_eq!(code, Code::StoreUnavailable);
+                world.plan.heal();
+            }
+            let left = std::fs::read_dir(world.directory().join("spool")).unwrap().count();
+            assert_eq!(left, 0, "the spool is empty again");
+        }
+    }
+    assert!(failures > 10, "{failures}");
+}
+
+/// Calls at random that fail at random; what was acknowledged is there in the end, whatever happened.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_fails_at_random_what_was_acknowledged_is_there() {
+    let first = std::env::var("PGSIDECAR_TEST_SEED").ok().map(|seed| seed.parse().unwrap());
+    for seed in first.map_or(1..=12, |seed: u64| seed..=seed) {
+        let world = World::random(seed, 0.15, 0.15);
+        let control = world.control();
+        let archiver = Archiver::default();
+        let mut acknowledged = BTreeMap::new();
+        for round in 0..30 {
+            // Twelve names, two contents: repetitions and conflicts are frequent.
+            let choice = noise(4, seed * 1000 + round);
+            let (name, bytes) = segment(1 + u64::from(choice[0] % 2), 1 + u64::from(choice[1] % 12), 1);
+            let stored = archiver.archive_body(&world.repository, &control, name, body(&bytes), None).await;
+            let told = format!("PGSIDECAR_TEST_SEED={seed}, round {round}, {name}: {stored:?}");
+            match stored {
+                Ok(_) => {
+                    let known = acknowledged.entry(name).or_insert_with(|| bytes.clone());
+                    assert!(*known == bytes, "two contents were acknowledged: {told}");
+                }
+                Err(failure) => {
+                    assert!(matches!(failure.code, Code::StoreUnavailable | Code::Conflict), "{told}");
+                }
+            }
+        }
+        world.plan.heal();
+        world.check_all_whole().await;
+        assert!(!acknowledged.is_empty(), "PGSIDECAR_TEST_SEED={seed}");
+        for (name, bytes) in acknowledged {
+            assert!(world.wal(&name).await.as_ref() == Some(&bytes), "PGSIDECAR_TEST_SEED={seed} {name}");
+        }
+    }
+}
+
+/// A backup's objects by hand: what the restore needs of one, without a server.
+async fn make_backup(world: &World) {
+    let repository = &world.repository;
+    let control = world.control();
+    let id = BackupId::new("2026-11-21T06:15:00Z".parse().unwrap(), BackupKind::Full);
+    let mut parts = Vec::new();
+    let mut files = 0;
+    let contents: [Vec<(&str, Vec<u8>)>; 3] = [
+        vec![("base/1/1259", noise(700_000, 1).to_vec()), ("postgresql.conf", Vec::new())],
+        vec![("base/1/1260", noise(300_000, 2).to_vec())],
+        vec![
+            ("backup_label", b"label".to_vec()),
+            ("global/pg_control", std::fs::read(world.pgdata.path().join("global/pg_control")).unwrap()),
+            ("PG_VERSION", b"15\n".to_vec()),
+        ],
+    ];
+    let store = async |object: BackupObject, plain: &[u8]| {
+        let stored = zstd::encode_all(plain, 1).unwrap();
+        let content = pgsidecar_core::ContentId::of(&stored);
+        let key = repository.layout().backup(id, object);
+        repository.store().create(&key, stored.into(), None).await.unwrap();
+        StoredObject { size: content.size, sha256: content.sha256 }
+    };
+    for (number, part) in (1..).zip(&contents) {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        if number == 1 {
+            for directory in ["base/", "base/1/", "global/", "pg_tblspc/"] {
+                header.set_entry_type(tar::EntryType::Directory);
+                header.set_mode(0o700);
+                header.set_size(0);
+                tar.append_data(&mut header, directory, std::io::empty()).unwrap();
+            }
+        }
+        header.set_entry_type(tar::EntryType::Regular);
+        header.set_mode(0o600);
+        for (path, content) in part {
+            header.set_size(content.len() as u64);
+            tar.append_data(&mut header, path, content.as_slice()).unwrap();
+        }
+        files += part.len() as u64;
+        let stored = store(BackupObject::Part(number), &tar.into_inner().unwrap()).await;
+        let file_bytes = part.iter().map(|(_, content)| content.len() as u64).sum();
+        parts.push(PartRecord { number, stored, files: part.len() as u64, file_bytes });
+    }
+    let (start_lsn, stop_lsn) = ("0/700028".parse().unwrap(), "0/700100".parse().unwrap());
+    let record = pgsidecar_core::BackupRecord {
+        format: BACKUP_FORMAT,
+        id,
+        parent: None,
+        system_identifier: control.system_identifier,
+        server_version: 150_000,
+        timeline: pgsidecar_core::TimelineId::FIRST,
+        start_lsn,
+        stop_lsn,
+        started_at: "2026-11-21T06:15:00Z".parse().unwrap(),
+        stopped_at: "2026-11-21T06:16:00Z".parse().unwrap(),
+        next_xid_at_stop: 800,
+        from_standby: false,
+        wal_segment_size: control.wal_segment_size,
+        block_size: control.block_size,
+        data_checksums: false,
+        tablespaces: Vec::new(),
+        parts,
+        manifest: store(BackupObject::Manifest, b"{}").await,
+        index: store(BackupObject::Index, b"{}\n").await,
+        files,
+        warnings: Vec::new(),
+        writer: "a test".to_owned(),
+    };
+    repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await.unwrap();
+    let archiver = Archiver::default();
+    let (name, bytes) = segment(1, 7, 1);
+    archiver.archive_body(repository, &control, name, body(&bytes), None).await.unwrap();
+}
+
+async fn restore_it(world: &World) -> Result<(), Failure> {
+    let request = RestoreRequest { target: RecoveryTarget::Immediate, timeline: None, backup: None };
+    let plan = restore::plan(&world.repository, request).await?;
+    let options = RestoreOptions {
+        to: world.directory().join("restored"),
+        inclusive: true,
+        action: TargetAction::Promote,
+        tablespaces: BTreeMap::new(),
+        restore_command: "false".to_owned(),
+        parallelism: 2,
+    };
+    restore::run(&world.repository, &plan, &options, Arc::new(Progress::default())).await
+}
+
+fn check_restored(world: &World) {
+    let to = world.directory().join("restored");
+    assert!(std::fs::read(to.join("base/1/1259")).unwrap() == noise(700_000, 1));
+    assert!(std::fs::read(to.join("base/1/1260")).unwrap() == noise(300_000, 2));
+    assert_eq!(std::fs::read(to.join("PG_VERSION")).unwrap(), b"15\n");
+    for name in ["recovery.signal", "backup_label", "postgresql.auto.conf", "backup_manifest", "global/pg_control"] {
+        assert!(to.join(name).exists(), "{name}");
+    }
+    assert!(!to.join("pgsidecar.restoring").exists());
+}
+
+/// The faults that a restore meets at its Nth read, each of which it survives or reports, leaving nothing.
+async fn restore_with(world: &World, operation: Operation, nth: u64, fault: Fault) -> Option<Failure> {
+    let to = world.directory().join("restored");
+    world.plan.clone().on_nth(nth, operation, "", fault);
+    let before = world.plan.injected();
+    let outcome = restore_it(world).await;
+    let met = world.plan.injected() > before;
+    world.plan.heal();
+    match outcome {
+        Ok(()) => {
+            check_restored(world);
+            std::fs::remove_dir_all(&to).unwrap();
+            assert!(met || nth > 1, "{operation:?} {nth} {fault:?} was never met");
+            (!met).then(|| Failure::new(Code::NotFound, "no fault was met"))
+        }
+        Err(failure) => {
+            assert!(met, "{failure}");
+            assert!(!to.exists(), "{operation:?} {nth} {fault:?} left something: {failure}");
+            None
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_with_a_fault_at_each_call_is_whole_or_leaves_nothing_and_succeeds_the_next_time() {
+    let world = World::new();
+    make_backup(&world).await;
+    let mut met = 0;
+    let faults = [FAULTS[0], FAULTS[1], Fault::Cut(0), Fault::Cut(1000), Fault::Flip(20), Fault::Flip(5000)];
+    for operation in [Operation::Get, Operation::List] {
+        for fault in faults {
+            if operation == Operation::List && !FAULTS.contains(&fault) {
+                continue;
+            }
+            for nth in 1.. {
+                assert!(nth < 50);
+                if restore_with(&world, operation, nth, fault).await.is_some() {
+                    break;
+                }
+                met += 1;
+            }
+        }
+    }
+    assert!(met > 30, "{met}");
+    restore_it(&world).await.unwrap();
+    check_restored(&world);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_whose_downloads_break_in_the_middle_takes_them_up_again() {
+    let world = World::new();
+    make_backup(&world).await;
+    // As often as it tries again, each time a little further.
+    for nth in 1..=4 {
+        world.plan.clone().on_nth(1, Operation::Get, "part-00001", Fault::Cut(nth * 1000));
+    }
+    restore_it(&world).await.unwrap();
+    assert_eq!(world.plan.injected(), 4);
+    check_restored(&world);
+    assert_eq!(SYSTEM, world.control().system_identifier);
+}

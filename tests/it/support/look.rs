@@ -1,0 +1,91 @@
+//! A look into a repository past everything that is under test but the store.
+
+use std::sync::Arc;
+
+use pgsidecar::store::{ByteRange, ListRequest, LocalStore, Pages, S3Store, Store};
+use pgsidecar_core::{ContentId, ObjectKey};
+
+use super::Repository;
+
+/// The objects of a repository, as they lie there.
+pub struct Look {
+    store: Arc<dyn Store>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Look {
+    pub fn into(repository: &Repository) -> Look {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let store: Arc<dyn Store> = match repository {
+            Repository::Directory(path) => Arc::new(LocalStore::new(path)),
+            Repository::S3(server) => {
+                let mut config = server.config();
+                config.prefix = "it".to_owned();
+                Arc::new(runtime.block_on(S3Store::new(config)))
+            }
+        };
+        Look { store, runtime }
+    }
+
+    /// All keys, with the sizes of their objects.
+    pub fn keys(&self) -> Vec<(ObjectKey, u64)> {
+        self.runtime.block_on(async {
+            let mut keys = Vec::new();
+            let mut pages = Pages::new(&*self.store, ListRequest::under(""));
+            while let Some(page) = pages.next().await.unwrap() {
+                keys.extend(page.objects.into_iter().map(|object| (object.key, object.size)));
+            }
+            keys
+        })
+    }
+
+    /// The keys that contain this.
+    pub fn matching(&self, part: &str) -> Vec<String> {
+        self.keys().into_iter().map(|(key, _)| key.to_string()).filter(|key| key.contains(part)).collect()
+    }
+
+    /// An object's bytes, and the identity of its plain content if it has one.
+    pub fn object(&self, key: &ObjectKey) -> (Vec<u8>, Option<ContentId>) {
+        self.runtime.block_on(async {
+            let download = self.store.get(key, ByteRange::All).await.unwrap().expect("it was listed");
+            let content = download.info.content;
+            (download.bytes(u64::MAX).await.unwrap().to_vec(), content)
+        })
+    }
+
+    /// The only object whose key contains this, as text.
+    pub fn text(&self, part: &str) -> String {
+        let keys: Vec<_> = self.keys().into_iter().filter(|(key, _)| key.as_str().contains(part)).collect();
+        assert_eq!(keys.len(), 1, "{keys:?}");
+        String::from_utf8(self.object(&keys[0].0).0).unwrap()
+    }
+
+    /// The unfinished uploads that the store tells of.
+    pub fn pending(&self) -> Vec<String> {
+        let pending = self.runtime.block_on(self.store.pending_uploads("")).unwrap();
+        pending.into_iter().map(|upload| upload.key).collect()
+    }
+
+    /// The plain content of a WAL file; `None` if it isn't there.
+    pub fn wal(&self, name: &str) -> Option<Vec<u8>> {
+        let end = format!("/{name}.zst");
+        let (key, _) = self.keys().into_iter().find(|(key, _)| key.as_str().ends_with(&end))?;
+        Some(zstd::decode_all(self.object(&key).0.as_slice()).unwrap())
+    }
+
+    /// Each listed object is whole: as long as listed, and it decodes to what it says that it is.
+    pub fn check_all_whole(&self) {
+        for (key, size) in self.keys() {
+            let (stored, content) = self.object(&key);
+            assert_eq!(stored.len() as u64, size, "{key}");
+            if key.as_str().ends_with(".zst") {
+                let plain = zstd::decode_all(stored.as_slice()).unwrap_or_else(|error| panic!("{key}: {error}"));
+                if let Some(content) = content {
+                    assert!(content == ContentId::of(&plain), "{key} isn't what its metadata say");
+                }
+            } else if key.as_str().ends_with(".json") {
+                serde_json::from_slice::<serde_json::Value>(&stored).unwrap_or_else(|error| panic!("{key}: {error}"));
+            }
+        }
+    }
+}
