@@ -219,7 +219,7 @@ fn heads_that_never_end_are_given_up_pg15() {
 fn store_trouble(sidecar: &Sidecar, code: i32, says: &str) {
     let began = Instant::now();
     let text = sidecar.fails(code, &["backup", "list"]);
-    assert_eq!(text.matches("error:").count(), 1, "{text}");
+    assert_eq!(text.matches("pgsidecar: error:").count(), 1, "{text}");
     assert!(text.contains(says) && text.contains("HINT: "), "{text}");
     let output = sidecar.cli(&["check", "--json"]);
     assert_eq!(output.status.code(), Some(1), "{}", told(&output));

@@ -167,17 +167,19 @@ fn another_segment_under_the_name_is_never_served_pg15() {
 }
 
 #[test]
-fn a_history_that_is_none_is_never_served_pg15() {
+fn an_empty_history_is_never_served_pg15() {
     let scratch = Scratch::new();
     let (_postgres, sidecar) = archived(&scratch, &Repository::directory(&scratch), None);
     let history = "1\t0/5000028\tno recovery target specified\n";
     assert_eq!(sidecar.put("00000002.history", history.as_bytes()).status, 200);
     let path = object(&scratch.path().join("repository"), "00000002.history");
-    // A new file: nothing of what was known of the old one's content is left.
-    fs::remove_file(&path).unwrap();
-    fs::write(&path, "").unwrap();
-    let answer = sidecar.get("00000002.history");
-    assert_eq!((answer.status, answer.code().as_str()), (500, "damaged"), "{answer:?}");
+    for bytes in [Vec::new(), zstd::encode_all(&b""[..], 1).unwrap()] {
+        // A new file: nothing of what was known of the old one's content is left.
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, bytes).unwrap();
+        let answer = sidecar.get("00000002.history");
+        assert_eq!((answer.status, answer.code().as_str()), (500, "damaged"), "{answer:?}");
+    }
 }
 
 /// A server that archives, stopped; what it would recover lies in the archive alone.
