@@ -323,7 +323,7 @@ fn a_caller_that_goes_away_does_not_stop_the_upload_pg15() {
     proxy.set(Way::Held);
     let mut caller = connect(sidecar.port);
     caller.write_all(head("POST", &format!("/v1/wal/{NAME}/archive"), "").as_bytes()).unwrap();
-    wait_until("the upload is under way", PATIENCE, || proxy.holds());
+    wait_until("the upload is under way", PATIENCE, || proxy.holds(NAME));
     drop(caller);
     proxy.set(Way::Open);
     wait_until("it is archived", PATIENCE, || sidecar.metric("pgsidecar_archived_files_total") == "2");

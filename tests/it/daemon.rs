@@ -89,9 +89,15 @@ fn when_all_is_well_it_is_not_degraded_pg15() {
 }
 
 /// A daemon in the middle of an upload that is held back, and the connection of who waits for it.
-fn uploading(scratch: &Scratch, proxy: &Proxy, repository: &Repository) -> (Postgres, Sidecar, std::net::TcpStream) {
+fn uploading(
+    scratch: &Scratch,
+    proxy: &Proxy,
+    repository: &Repository,
+    drain_timeout: &str,
+) -> (Postgres, Sidecar, std::net::TcpStream) {
     let (postgres, mut sidecar) = beside(scratch, 15, &["--wal-segsize=1"], repository);
     sidecar.set("AWS_ENDPOINT_URL_S3", &proxy.url());
+    sidecar.set("PGSIDECAR_DRAIN_TIMEOUT", drain_timeout);
     sidecar.start();
     let first = "000000010000000000000004";
     assert_eq!(sidecar.put(first, &postgres.segment(first, MB, 1)).status, 200);
@@ -99,7 +105,7 @@ fn uploading(scratch: &Scratch, proxy: &Proxy, repository: &Repository) -> (Post
     proxy.set(Way::Held);
     let mut caller = connect(sidecar.port);
     caller.write_all(head("POST", &format!("/v1/wal/{NAME}/archive"), "").as_bytes()).unwrap();
-    wait_until("the upload is under way", PATIENCE, || proxy.holds());
+    wait_until("the upload is under way", PATIENCE, || proxy.holds(NAME));
     (postgres, sidecar, caller)
 }
 
@@ -108,7 +114,7 @@ fn sigterm_lets_an_upload_end_and_then_exits_with_0_pg15() {
     let scratch = Scratch::new();
     let repository = Repository::s3();
     let proxy = Proxy::before(&repository);
-    let (_postgres, mut sidecar, mut caller) = uploading(&scratch, &proxy, &repository);
+    let (_postgres, mut sidecar, mut caller) = uploading(&scratch, &proxy, &repository, "60s");
     let socket = scratch.path().join("control.sock");
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o7777, 0o600);
     thread::scope(|scope| {
@@ -134,7 +140,7 @@ fn a_second_signal_ends_it_at_once_and_nothing_was_acknowledged_pg15() {
     let scratch = Scratch::new();
     let repository = Repository::s3();
     let proxy = Proxy::before(&repository);
-    let (_postgres, mut sidecar, mut caller) = uploading(&scratch, &proxy, &repository);
+    let (_postgres, mut sidecar, mut caller) = uploading(&scratch, &proxy, &repository, "60s");
     signal(sidecar.pid(), rustix::process::Signal::TERM);
     wait_until("it is stopping", PATIENCE, || sidecar.log().contains("stopping"));
     let began = Instant::now();
@@ -150,14 +156,7 @@ fn the_drain_timeout_bounds_the_stop_pg15() {
     let scratch = Scratch::new();
     let repository = Repository::s3();
     let proxy = Proxy::before(&repository);
-    let (_postgres, mut sidecar, _caller) = uploading(&scratch, &proxy, &repository);
-    sidecar.kill();
-    sidecar.set("PGSIDECAR_DRAIN_TIMEOUT", "500ms");
-    sidecar.start();
-    let mut caller = connect(sidecar.port);
-    caller.write_all(head("POST", &format!("/v1/wal/{NAME}/archive"), "").as_bytes()).unwrap();
-    // The daemon's first request of all is held back too.
-    wait_until("the upload is under way", PATIENCE, || proxy.holds());
+    let (_postgres, mut sidecar, _caller) = uploading(&scratch, &proxy, &repository, "500ms");
     let began = Instant::now();
     assert_eq!(sidecar.stop().code(), Some(0));
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());

@@ -3,10 +3,7 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering::SeqCst},
-    },
+    sync::{Arc, Mutex},
     thread,
     time::Duration,
 };
@@ -31,7 +28,8 @@ pub enum Way {
 struct Shared {
     way: Mutex<Way>,
     connections: Mutex<Vec<TcpStream>>,
-    held: AtomicUsize,
+    /// The beginnings of what is held back.
+    held: Mutex<Vec<String>>,
 }
 
 /// The proxy. It serves until the process ends: a test has nothing to wait for.
@@ -46,7 +44,7 @@ impl Proxy {
         let endpoint = repository.environment().into_iter().find(|(name, _)| *name == "AWS_ENDPOINT_URL_S3").unwrap().1;
         let target = endpoint.strip_prefix("http://").unwrap().to_owned();
         let way = Mutex::new(Way::Open);
-        let shared = Arc::new(Shared { way, connections: Mutex::default(), held: AtomicUsize::new(0) });
+        let shared = Arc::new(Shared { way, connections: Mutex::default(), held: Mutex::default() });
         let port = free_port();
         let listener = listen(port);
         let accepting = shared.clone();
@@ -72,9 +70,9 @@ impl Proxy {
         }
     }
 
-    /// Whether something that was sent to the store is held back.
-    pub fn holds(&self) -> bool {
-        self.shared.held.load(SeqCst) > 0
+    /// Whether a request about this is held back.
+    pub fn holds(&self, name: &str) -> bool {
+        self.shared.held.lock().unwrap().iter().any(|held| held.contains(name))
     }
 }
 
@@ -120,11 +118,16 @@ fn pass(shared: &Arc<Shared>, client: TcpStream, target: &str) {
 fn pump(shared: &Shared, mut from: TcpStream, mut to: TcpStream) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer) {
-        shared.held.fetch_add(1, SeqCst);
+        let beginning = String::from_utf8_lossy(&buffer[..length.min(500)]).into_owned();
         while *shared.way.lock().unwrap() == Way::Held {
+            let mut held = shared.held.lock().unwrap();
+            if !held.contains(&beginning) {
+                held.push(beginning.clone());
+            }
+            drop(held);
             thread::sleep(TICK);
         }
-        shared.held.fetch_sub(1, SeqCst);
+        shared.held.lock().unwrap().retain(|held| *held != beginning);
         if to.write_all(&buffer[..length]).is_err() {
             break;
         }
