@@ -97,7 +97,12 @@ fn a_backup_of_a_streaming_standby_is_restored_and_promotes_pg15() {
     beside_standby.set("PGSIDECAR_BACKUP_WAL_TIMEOUT", "2s");
     beside_standby.start();
 
-    // Nobody switches the segment: said, and nothing is listed.
+    // Nobody switches the segment that the standby's pages reach into: said, and nothing is listed.
+    primary.sql("INSERT INTO rows VALUES (0)");
+    let lsn = primary.sql("CHECKPOINT; SELECT pg_current_wal_lsn()");
+    wait_until("the standby has replayed it", Duration::from_secs(30), || {
+        standby.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'")) == "t"
+    });
     let said = beside_standby.fails(75, &["backup", "create", "--fast"]);
     assert!(said.contains("00000001") && said.contains("pg_switch_wal() on the primary"), "{said}");
     assert_eq!(beside_standby.json(&["backup", "list"]), serde_json::json!([]));

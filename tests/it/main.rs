@@ -3,6 +3,7 @@
 
 mod archiving;
 mod backup;
+mod backup_outcomes;
 mod brought_along;
 mod by_hand;
 mod point_in_time;
