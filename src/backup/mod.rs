@@ -142,13 +142,16 @@ async fn take(
     let manifest = ManifestWriter::new(ManifestVersion::for_major(server.major()), control.system_identifier);
     let mut listing = Listing::start(&Handle::current(), repository, id, manifest)?;
     let stop_threads = CancelOnDrop(progress);
-    let packing = tokio::task::spawn_blocking(move || {
+    let mut packing = tokio::task::spawn_blocking(move || {
         let packed = packer.pack(&mut listing);
         packed.map(|(parts, warnings)| (packer, listing, parts, warnings))
     });
     let (packer, mut listing, mut parts, warnings) = tokio::select! {
-        packed = packing => packed??,
+        packed = &mut packing => packed??,
         () = session.closed() => {
+            // What is removed afterwards must not be written meanwhile.
+            drop(stop_threads);
+            let _ = packing.await;
             return Err(Failure::new(Code::PostgresUnavailable, "the session with PostgreSQL ended during the backup")
                 .hint("The server stopped, restarted or crashed. Take the backup again when it's up."));
         }
