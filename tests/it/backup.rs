@@ -10,7 +10,7 @@ use std::{
 
 use crate::support::{
     Postgres, Repository, Scratch, Sidecar, command,
-    restoring::{archiving_with, back_up, restore, restored, ship_wal, text},
+    restoring::{AS_A_COPY, archiving_with, back_up, restore, ship_wal, text},
     run, wait_until,
 };
 
@@ -103,7 +103,7 @@ fn what_is_restored_is_what_was_there(major: u32) {
     }
 
     let mut copy = Postgres::on(&scratch, to, major);
-    copy.spawn(crate::support::restoring::AS_A_COPY);
+    copy.spawn(AS_A_COPY);
     copy.wait_for_promotion();
     assert_eq!(dump(&postgres), dump(&copy));
     run(copy.client("pg_amcheck").args(["--all", "--install-missing", "--heapallindexed"]));
@@ -190,7 +190,7 @@ fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_n
     let to = restore(&scratch, &sidecar, "restored", &[]);
     verified(&postgres, &to, &[]);
     let mut copy = Postgres::on(&scratch, to, 17);
-    copy.spawn(crate::support::restoring::AS_A_COPY);
+    copy.spawn(AS_A_COPY);
     copy.wait_for_promotion();
     let sums = "SELECT (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(tbalance) FROM pgbench_tellers), \
                 (SELECT sum(bbalance) FROM pgbench_branches), (SELECT coalesce(sum(delta), 0) FROM pgbench_history)";

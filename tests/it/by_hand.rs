@@ -30,7 +30,7 @@ struct Source {
 }
 
 /// Rows before and after the backup, and settings that a restore has to get rid of.
-fn source(scratch: &Scratch, repository: &Repository, major: u32) -> (Source, crate::support::Sidecar) {
+fn source(scratch: &Scratch, repository: &Repository, major: u32) -> (Source, Sidecar) {
     let (postgres, sidecar) = archiving_with(scratch, major, &["--wal-segsize=1"], repository, &[]);
     postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
     postgres.sql("ALTER SYSTEM SET recovery_target_xid = '1'");

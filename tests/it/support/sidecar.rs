@@ -160,11 +160,5 @@ impl Drop for Sidecar {
 
 /// A server that archives through a running daemon to a repository: what most tests begin with.
 pub fn archiving(scratch: &Scratch, major: u32, options: &[&str], repository: &Repository) -> (Postgres, Sidecar) {
-    let mut postgres = Postgres::initdb(scratch, major, options);
-    let mut sidecar = Sidecar::new(scratch, &postgres, repository);
-    let settings = sidecar.archive_settings();
-    postgres.configure(&settings.iter().map(String::as_str).collect::<Vec<_>>());
-    postgres.start(&[]);
-    sidecar.start();
-    (postgres, sidecar)
+    super::restoring::archiving_with(scratch, major, options, repository, &[])
 }
