@@ -5,7 +5,7 @@
 #   test.sh garage     the store and integration tests again, with Garage
 #
 # An integration test that needs a part which a machine may lack has that part in its name (the module's name counts): pg15, pg17,
-# root_. Where a part is missing its tests are left out by that name, counted, and named at the end. With CI=true anything missing is an
+# awscli, root_. Where a part is missing its tests are left out by that name, counted, and named at the end. With CI=true anything missing is an
 # error. PGSIDECAR_TEST_WITHOUT=pg15,pg17 leaves parts out on purpose. An integration test of one S3 server only has s3s or garage in its
 # name, and belongs to that run alone.
 #
@@ -38,8 +38,8 @@ without=()
 IFS=, read -ra chosen <<<"${PGSIDECAR_TEST_WITHOUT:-}"
 for part in "${chosen[@]}"; do
     case $part in
-    pg15 | pg17 | root) without+=("$part") ;;
-    *) die "PGSIDECAR_TEST_WITHOUT: there is no part '$part' (pg15, pg17, root)" ;;
+    pg15 | pg17 | awscli | root) without+=("$part") ;;
+    *) die "PGSIDECAR_TEST_WITHOUT: there is no part '$part' (pg15, pg17, awscli, root)" ;;
     esac
 done
 lacks() { [[ " ${without[*]} " == *" $1 "* ]]; }
@@ -55,6 +55,7 @@ set_up() { # set_up PART SCRIPT
 }
 set_up pg15 setup-postgres.sh
 set_up pg17 setup-postgres17.sh
+set_up awscli setup-awscli.sh
 if [[ $store == garage ]]; then
     scripts/setup-garage.sh
 else

@@ -10,7 +10,7 @@ use std::{
 
 use crate::support::{
     Postgres, Repository, Scratch, command,
-    restoring::{archiving_with, back_up, restore, ship_wal, text},
+    restoring::{AS_A_COPY, archiving_configured, back_up, restore, ship_wal, text},
     run, wait_until,
 };
 
@@ -70,7 +70,7 @@ fn what_is_restored_is_what_was_there(major: u32) {
     let scratch = Scratch::new();
     let options = &["--wal-segsize=1", "--data-checksums"];
     let repository = Repository::s3();
-    let (postgres, sidecar) = archiving_with(&scratch, major, options, &repository, QUIET);
+    let (postgres, sidecar) = archiving_configured(&scratch, major, options, &repository, QUIET);
     run(postgres.client("pgbench").args(["-i", "-q", "-s", "1"]));
     postgres.sql("CREATE DATABASE \"an other\"");
     postgres.sql("CREATE TABLE big AS SELECT g, repeat('x', 500) FROM generate_series(1, 5000) g");
@@ -103,7 +103,7 @@ fn what_is_restored_is_what_was_there(major: u32) {
     }
 
     let mut copy = Postgres::on(&scratch, to, major);
-    copy.spawn(crate::support::restoring::AS_A_COPY);
+    copy.spawn(AS_A_COPY);
     copy.wait_for_promotion();
     assert_eq!(dump(&postgres), dump(&copy));
     run(copy.client("pg_amcheck").args(["--all", "--install-missing", "--heapallindexed"]));
@@ -133,7 +133,7 @@ done";
 fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not_pg17() {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let (postgres, mut sidecar) = archiving_with(&scratch, 17, &[], &repository, &["work_mem = '64kB'"]);
+    let (postgres, mut sidecar) = archiving_configured(&scratch, 17, &[], &repository, &["work_mem = '64kB'"]);
     sidecar.stop();
     sidecar.set("PGSIDECAR_PART_SIZE", "8MB");
     sidecar.start();
@@ -190,7 +190,7 @@ fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_n
     let to = restore(&scratch, &sidecar, "restored", &[]);
     verified(&postgres, &to, &[]);
     let mut copy = Postgres::on(&scratch, to, 17);
-    copy.spawn(crate::support::restoring::AS_A_COPY);
+    copy.spawn(AS_A_COPY);
     copy.wait_for_promotion();
     let sums = "SELECT (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(tbalance) FROM pgbench_tellers), \
                 (SELECT sum(bbalance) FROM pgbench_branches), (SELECT coalesce(sum(delta), 0) FROM pgbench_history)";

@@ -10,7 +10,7 @@ use std::{
 
 use crate::support::{
     Postgres, Repository, Scratch, Sidecar, command,
-    restoring::{AS_A_COPY, archiving_with, back_up, restore, restored, ship_wal, text},
+    restoring::{AS_A_COPY, archiving_configured, back_up, restore, restored, ship_wal, text},
     run, wait_until,
 };
 
@@ -32,7 +32,7 @@ const LEFT_BEHIND: &[&str] = &[
 fn settings_and_signal_files_of_a_backup_do_not_count(major: u32) {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let (postgres, sidecar) = archiving_with(&scratch, major, &["--wal-segsize=1"], &repository, &[]);
+    let (postgres, sidecar) = archiving_configured(&scratch, major, &["--wal-segsize=1"], &repository, &[]);
     postgres.sql("CREATE TABLE rows (n int)");
     postgres.sql("ALTER SYSTEM SET work_mem = '7MB'");
     // In both files; the server was never restarted with them.
@@ -84,7 +84,7 @@ fn second_sidecar(scratch: &Scratch, postgres: &Postgres, repository: &Repositor
 fn a_backup_of_a_streaming_standby_is_restored_and_promotes_pg15() {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let (primary, sidecar) = archiving_with(&scratch, 15, &["--wal-segsize=1"], &repository, &[]);
+    let (primary, sidecar) = archiving_configured(&scratch, 15, &["--wal-segsize=1"], &repository, &[]);
     primary.sql("CREATE TABLE rows AS SELECT 1 AS n");
     let directory = scratch.path().join("standby");
     run(primary.client("pg_basebackup").args(["-c", "fast", "-X", "stream", "--no-sync", "-R", "-D"]).arg(&directory));
@@ -97,7 +97,12 @@ fn a_backup_of_a_streaming_standby_is_restored_and_promotes_pg15() {
     beside_standby.set("PGSIDECAR_BACKUP_WAL_TIMEOUT", "2s");
     beside_standby.start();
 
-    // Nobody switches the segment: said, and nothing is listed.
+    // Nobody switches the segment that the standby's pages reach into: said, and nothing is listed.
+    primary.sql("INSERT INTO rows VALUES (0)");
+    let lsn = primary.sql("CHECKPOINT; SELECT pg_current_wal_lsn()");
+    wait_until("the standby has replayed it", Duration::from_secs(30), || {
+        standby.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'")) == "t"
+    });
     let said = beside_standby.fails(75, &["backup", "create", "--fast"]);
     assert!(said.contains("00000001") && said.contains("pg_switch_wal() on the primary"), "{said}");
     assert_eq!(beside_standby.json(&["backup", "list"]), serde_json::json!([]));
@@ -145,7 +150,7 @@ fn a_tablespace_is_put_elsewhere_and_the_live_one_is_never_touched(major: u32) {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
     let conf = &["autovacuum = off"];
-    let (mut postgres, sidecar) = archiving_with(&scratch, major, &["--wal-segsize=1"], &repository, conf);
+    let (mut postgres, sidecar) = archiving_configured(&scratch, major, &["--wal-segsize=1"], &repository, conf);
     let live = scratch.dir("live space");
     let sql = |sql: &str| postgres.sql(sql);
     sql(&format!("CREATE TABLESPACE space LOCATION '{}'", live.display()));

@@ -3,8 +3,8 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use crate::support::{
-    Postgres, Repository, Scratch, command,
-    restoring::{AS_A_COPY, archiving_with, back_up, ship_wal, text},
+    Postgres, Repository, Scratch, Sidecar, command,
+    restoring::{AS_A_COPY, archiving_configured, back_up, ship_wal, text},
     run, wait_until,
 };
 
@@ -27,8 +27,8 @@ struct Source {
 }
 
 /// Rows before and after the backup, and settings that a restore has to get rid of.
-fn source(scratch: &Scratch, repository: &Repository, major: u32) -> (Source, crate::support::Sidecar) {
-    let (postgres, sidecar) = archiving_with(scratch, major, &["--wal-segsize=1"], repository, &[]);
+fn source(scratch: &Scratch, repository: &Repository, major: u32) -> (Source, Sidecar) {
+    let (postgres, sidecar) = archiving_configured(scratch, major, &["--wal-segsize=1"], repository, &[]);
     postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
     postgres.sql("ALTER SYSTEM SET recovery_target_xid = '1'");
     postgres.sql("ALTER SYSTEM SET restore_command = 'false'");

@@ -3,6 +3,7 @@
 
 mod archiving;
 mod backup;
+mod backup_outcomes;
 mod bad_input;
 mod brought_along;
 mod by_hand;

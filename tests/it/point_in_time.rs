@@ -4,7 +4,7 @@ use std::{fs, time::Duration};
 
 use crate::support::{
     Postgres, Repository, Scratch, Sidecar,
-    restoring::{AS_A_COPY, archiving_with, back_up, restore, ship_wal},
+    restoring::{AS_A_COPY, archiving_configured, back_up, restore, ship_wal},
     run, wait_until,
 };
 
@@ -51,7 +51,7 @@ fn rows(postgres: &Postgres) -> String {
 fn source(major: u32) -> Source {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let (postgres, sidecar) = archiving_with(&scratch, major, SMALL_WAL, &repository, CONF);
+    let (postgres, sidecar) = archiving_configured(&scratch, major, SMALL_WAL, &repository, CONF);
     postgres.sql("CREATE EXTENSION pg_walinspect");
     postgres.sql("CREATE TABLE rows (n int PRIMARY KEY)");
     let mut commits = vec![insert(&postgres, 1), insert(&postgres, 2)];
@@ -158,7 +158,7 @@ fn the_server_does_at_the_target_what_it_was_told_pg17() {
 fn a_promoted_restore_goes_on_and_both_timelines_can_be_restored(major: u32) {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let (mut lost, mut sidecar) = archiving_with(&scratch, major, SMALL_WAL, &repository, CONF);
+    let (mut lost, mut sidecar) = archiving_configured(&scratch, major, SMALL_WAL, &repository, CONF);
     lost.sql("CREATE EXTENSION pg_walinspect");
     lost.sql("CREATE TABLE rows (n int PRIMARY KEY)");
     insert(&lost, 1);

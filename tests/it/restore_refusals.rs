@@ -8,7 +8,7 @@ use std::{
 
 use crate::support::{
     Postgres, Repository, Scratch, Sidecar, command,
-    restoring::{archiving_with, back_up, ship_wal, text},
+    restoring::{archiving_configured, back_up, ship_wal, text},
     run, server_user, told,
 };
 
@@ -254,7 +254,8 @@ fn a_volume_without_room_is_refused_and_one_that_fills_up_is_cleared_root_pg15()
 #[test]
 fn a_repository_without_backups_has_nothing_to_restore_pg15() {
     let scratch = Scratch::new();
-    let (postgres, sidecar) = archiving_with(&scratch, 15, &["--wal-segsize=1"], &Repository::directory(&scratch), &[]);
+    let (postgres, sidecar) =
+        archiving_configured(&scratch, 15, &["--wal-segsize=1"], &Repository::directory(&scratch), &[]);
     ship_wal(&postgres);
     let to = scratch.path().join("refused");
     let said = sidecar.fails(65, &["restore", "run", "--to", text(&to)]);

@@ -8,7 +8,7 @@ use super::{Postgres, Repository, Scratch, Sidecar};
 pub const AS_A_COPY: &[&str] = &["-c", "archive_mode=off"];
 
 /// A server that archives through a running daemon, with more lines in its postgresql.conf.
-pub fn archiving_with(
+pub fn archiving_configured(
     scratch: &Scratch,
     major: u32,
     options: &[&str],
