@@ -394,14 +394,21 @@ impl Repository {
         self.level
     }
 
-    /// All complete backups, oldest first.
+    /// All complete backups, oldest first. A record that is damaged is told in the log and left out: it must not keep
+    /// the other backups from being restored.
     ///
     /// # Errors
-    /// The store's; [`Code::Damaged`] if a record can't be parsed.
+    /// The store's.
     pub async fn backups(&self) -> Result<Vec<BackupRecord>, Failure> {
         let mut backups = Vec::new();
         for id in self.backup_ids().await? {
-            backups.extend(self.backup(id).await?);
+            match self.backup(id).await {
+                Ok(backup) => backups.extend(backup),
+                Err(failure) if failure.code == Code::Damaged => {
+                    tracing::warn!(hint = failure.hint, "backup {id} is left out: {failure}");
+                }
+                Err(failure) => return Err(failure),
+            }
         }
         Ok(backups)
     }

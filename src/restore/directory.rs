@@ -54,21 +54,44 @@ impl TargetDirectory {
         if !path.is_absolute() {
             return Err(Failure::new(Code::InvalidRequest, format!("{} is not an absolute path", path.display())));
         }
-        check_free(path, true)?;
-        for target in tablespaces.values() {
-            check_free(target, false)?;
+        let targets: Vec<&Path> = std::iter::once(path).chain(tablespaces.values().map(PathBuf::as_path)).collect();
+        for (n, target) in targets.iter().enumerate() {
+            check_free(target)?;
+            if targets[..n].iter().any(|other| target.starts_with(other) || other.starts_with(target)) {
+                return Err(Failure::new(
+                    Code::TargetDirectory,
+                    format!("{} would lie in another directory of the restore, or hold it", target.display()),
+                )
+                .hint("Give the data directory and each tablespace a directory of its own, side by side."));
+            }
         }
         check_room(path, backup.plain_bytes())?;
-        let (created, owner) = create(path)?;
-        let mut directory = TargetDirectory { path: path.to_owned(), created, owner, tablespaces: Vec::new() };
-        directory.clear_content().map_err(|error| Failure::io(format!("clearing {}", path.display()), &error))?;
-        directory.write(MARKER, format!("{}\n", backup.id).as_bytes())?;
-        directory.sync_path(path)?;
-        for target in tablespaces.values() {
-            let (created, _) = create(target)?;
-            directory.tablespaces.push((target.clone(), created));
+        let mut directory =
+            TargetDirectory { path: path.to_owned(), created: false, owner: Owner::Ourselves, tablespaces: Vec::new() };
+        for (n, target) in targets.into_iter().enumerate() {
+            let claimed = directory.claim(target, n == 0, backup);
+            if let Err(failure) = claimed {
+                let _ = directory.clear();
+                return Err(failure);
+            }
         }
         Ok(directory)
+    }
+
+    /// Creates a directory, removes what an interrupted restore left in it, and marks it as ours.
+    fn claim(&mut self, path: &Path, is_data: bool, backup: &BackupRecord) -> Result<(), Failure> {
+        let (created, owner) = create(path)?;
+        if is_data {
+            (self.created, self.owner) = (created, owner);
+        } else {
+            self.tablespaces.push((path.to_owned(), created));
+        }
+        let mark = || {
+            clear_content(path)?;
+            self.create_file(&path.join(MARKER), format!("{}\n", backup.id).as_bytes())?;
+            File::open(path)?.sync_all()
+        };
+        mark().map_err(|error| Failure::io(format!("claiming {}", path.display()), &error))
     }
 
     /// Where it is.
@@ -159,20 +182,19 @@ impl TargetDirectory {
         Ok(())
     }
 
-    /// The directory is whole: takes the marker away.
+    /// Everything is whole: takes the markers away, that of the data directory last.
     ///
     /// # Errors
-    /// If it can't be removed.
+    /// If one can't be removed.
     pub fn release(&self) -> Result<(), Failure> {
-        let marker = self.path.join(MARKER);
-        fs::remove_file(&marker).map_err(|error| Failure::io(format!("removing {}", marker.display()), &error))?;
-        self.sync_path(&self.path)
-    }
-
-    fn sync_path(&self, path: &Path) -> Result<(), Failure> {
-        File::open(path)
-            .and_then(|dir| dir.sync_all())
-            .map_err(|error| Failure::io(format!("syncing {}", path.display()), &error))
+        for path in self.tablespaces.iter().map(|(path, _)| path).chain([&self.path]) {
+            let release = || {
+                fs::remove_file(path.join(MARKER))?;
+                File::open(path)?.sync_all()
+            };
+            release().map_err(|error| Failure::io(format!("removing the marker of {}", path.display()), &error))?;
+        }
+        Ok(())
     }
 
     /// Removes what was written, `PG_VERSION` first. Directories that were there before stay.
@@ -180,38 +202,37 @@ impl TargetDirectory {
     /// # Errors
     /// If something can't be removed.
     pub fn clear(&self) -> io::Result<()> {
-        match fs::remove_file(self.path.join("PG_VERSION")) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        for (path, created) in &self.tablespaces {
-            clear_directory(path)?;
-            if *created {
-                fs::remove_dir(path)?;
+        unless_absent(fs::remove_file(self.path.join("PG_VERSION")))?;
+        for (path, created) in
+            self.tablespaces.iter().map(|(path, created)| (path, *created)).chain([(&self.path, self.created)])
+        {
+            unless_absent(clear_content(path))?;
+            if created {
+                unless_absent(fs::remove_dir(path))?;
             }
         }
-        self.clear_content()?;
-        if self.created { fs::remove_dir(&self.path) } else { Ok(()) }
-    }
-
-    /// The marker goes last: until then the directory is known as ours.
-    fn clear_content(&self) -> io::Result<()> {
-        let marker = self.path.join(MARKER);
-        for entry in fs::read_dir(&self.path)? {
-            let path = entry?.path();
-            if path != marker {
-                remove(&path)?;
-            }
-        }
-        match fs::remove_file(&marker) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 }
 
-fn clear_directory(path: &Path) -> io::Result<()> {
-    fs::read_dir(path)?.try_for_each(|entry| remove(&entry?.path()))
+/// Empties a directory. The marker goes last: until then the directory is known as ours.
+fn clear_content(directory: &Path) -> io::Result<()> {
+    let marker = directory.join(MARKER);
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path != marker {
+            remove(&path)?;
+        }
+    }
+    unless_absent(fs::remove_file(&marker))
+}
+
+/// What isn't there needn't be removed.
+fn unless_absent(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }
 
 /// Removes a file, a link (not what it points to) or a directory with its content.
@@ -220,7 +241,7 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Refuses a directory with anything in it, unless it's what an interrupted restore left.
-fn check_free(path: &Path, may_be_remains: bool) -> Result<(), Failure> {
+fn check_free(path: &Path) -> Result<(), Failure> {
     let refuse = |what: &str| {
         Failure::new(Code::TargetDirectory, format!("{} {what}; nothing was changed", path.display()))
             .hint("Name a directory that is empty or doesn't exist, on a volume with enough room.")
@@ -237,7 +258,7 @@ fn check_free(path: &Path, may_be_remains: bool) -> Result<(), Failure> {
     if path.join("PG_VERSION").exists() {
         return Err(refuse("holds a database"));
     }
-    if may_be_remains && path.join(MARKER).exists() {
+    if path.join(MARKER).exists() {
         tracing::info!(directory = %path.display(), "the directory holds the remains of an interrupted restore; starting over");
         return Ok(());
     }

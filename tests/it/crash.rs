@@ -124,7 +124,7 @@ fn a_segment_that_was_stored_just_before_a_kill_is_acknowledged_on_the_next_try_
     sidecar.kill();
     let look = Look::into(&repository);
     assert!(look.wal(&name).is_some(), "the answer was held back, not the request");
-    assert_eq!(status_files(&postgres, ".ready"), [name.clone()]);
+    assert_eq!(status_files(&postgres, ".ready"), std::slice::from_ref(&name));
     proxy.release();
     sidecar.start();
     postgres.wait_until_archived();
@@ -323,7 +323,10 @@ fn assert_postgres_refuses(scratch: &Scratch, directory: &Path) {
 }
 
 /// Kills `restore run` as soon as `ready` says so, each time into the same directory; then restores there.
-fn killed_restores(moments: &[(&str, &dyn Fn(&Path) -> bool)]) {
+/// What a moment is called, and how it's told from the files in the directory.
+type Moment<'a> = (&'a str, &'a dyn Fn(&Path) -> bool);
+
+fn killed_restores(moments: &[Moment]) {
     let scratch = Scratch::new();
     let (repository, proxy) = s3_with_proxy();
     let (_postgres, sidecar, expected) = with_backup(&scratch, &proxy, &repository);
