@@ -324,9 +324,9 @@ fn assert_postgres_refuses(scratch: &Scratch, directory: &Path) {
 
 /// Kills `restore run` as soon as `ready` says so, each time into the same directory; then restores there.
 /// What a moment is called, and how it's told from the files in the directory.
-type Moment<'a> = (&'a str, &'a dyn Fn(&Path) -> bool);
+type InTheDirectory<'a> = (&'a str, &'a dyn Fn(&Path) -> bool);
 
-fn killed_restores(moments: &[Moment]) {
+fn killed_restores(moments: &[InTheDirectory]) {
     let scratch = Scratch::new();
     let (repository, proxy) = s3_with_proxy();
     let (_postgres, sidecar, expected) = with_backup(&scratch, &proxy, &repository);
