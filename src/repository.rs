@@ -116,7 +116,15 @@ impl Repository {
             while let Some(chunk) = chunks.recv().await {
                 match &mut upload {
                     Some(upload) => upload.write(chunk).await?,
-                    None if buffered.len() + chunk.len() <= buffer => buffered.extend_from_slice(&chunk),
+                    None if buffered.len() + chunk.len() <= buffer => {
+                        let needed = buffered.len() + chunk.len();
+                        if buffered.capacity() < needed {
+                            // Doubling, but not past what may be buffered: a Vec by itself would go to twice that.
+                            let wanted = (buffered.capacity() * 2).clamp(needed, buffer);
+                            buffered.reserve_exact(wanted - buffered.len());
+                        }
+                        buffered.extend_from_slice(&chunk);
+                    }
                     None => {
                         // The identity isn't known yet: a conflict of such an object is settled by reading it.
                         let upload = upload.insert(self.store.begin(key, None).await?);

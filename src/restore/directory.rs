@@ -99,6 +99,15 @@ impl TargetDirectory {
             .map_err(|error| Failure::io(format!("writing {}", path.display()), &error))
     }
 
+    /// A new, empty file, mode 0600, owned like the directory. Not yet durable.
+    ///
+    /// # Errors
+    /// If it exists or can't be made.
+    pub fn create(&self, name: &str) -> Result<File, Failure> {
+        let path = self.path.join(name);
+        self.create_file(&path, b"").map_err(|error| Failure::io(format!("writing {}", path.display()), &error))
+    }
+
     fn create_file(&self, path: &Path, content: &[u8]) -> io::Result<File> {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         file.write_all(content)?;

@@ -6,8 +6,8 @@
 //! 2. A marker file says that the directory is ours. A crash from here on leaves no `PG_VERSION`: nothing starts on
 //!    the directory, and the next restore into it starts over.
 //! 3. All parts but the last are unpacked in parallel; each is checked against its SHA-256 when it's through.
-//! 4. The last part is taken into memory: it's what makes the directory startable.
-//! 5. `backup_manifest`, recovery settings, `recovery.signal`, `backup_label`, `tablespace_map`, links.
+//! 4. `backup_manifest` is written. The last part is taken into memory: it's what makes the directory startable.
+//! 5. Recovery settings, `recovery.signal`, `backup_label`, `tablespace_map`, links.
 //! 6. One `syncfs` for each file system: everything up to here is durable.
 //! 7. `pg_control`, then `PG_VERSION` by rename, each with its own fsync. From here on PostgreSQL starts.
 //! 8. The marker goes.
@@ -38,10 +38,9 @@ use tokio::task::JoinSet;
 
 use self::{
     directory::TargetDirectory,
-    unpack::{HeldFile, Progress, Unpacker},
+    unpack::{HashingReader, HeldFile, Progress, Unpacker},
 };
 use crate::{
-    codec::HashingWriter,
     failure::{Code, Failure},
     repository::{Repository, damaged},
 };
@@ -166,8 +165,9 @@ async fn fill(
             &format!("its parts hold {files} files, its record says {}", backup.files),
         ));
     }
-    // The manifest is read here, so that a damaged one ends the restore before anything is startable.
-    let manifest = read_stored(repository, backup, BackupObject::Manifest, backup.manifest, Vec::new()).await?;
+    // Before anything is startable, so that a damaged one ends the restore. It has a line for each file: not into memory.
+    let manifest = directory.create("backup_manifest")?;
+    read_stored(repository, backup, BackupObject::Manifest, backup.manifest, manifest).await?;
     let settings = RecoverySettings {
         target: plan.target.clone(),
         inclusive: options.inclusive,
@@ -177,10 +177,8 @@ async fn fill(
     };
     let (directory, tablespaces, major) = (directory.clone(), tablespaces.clone(), backup.major_version());
     let mapping = options.tablespaces.clone();
-    tokio::task::spawn_blocking(move || {
-        make_startable(&directory, &tablespaces, &mapping, major, &settings, held, &manifest)
-    })
-    .await?
+    tokio::task::spawn_blocking(move || make_startable(&directory, &tablespaces, &mapping, major, &settings, held))
+        .await?
 }
 
 /// Unpacks parts, several at a time. Returns only when no thread writes any more, whatever happens.
@@ -232,7 +230,7 @@ async fn hold_part(
     unpack::hold(&plain).map_err(|error| damaged(key.as_str(), &error.to_string()))
 }
 
-/// Reads a small compressed object of a backup and checks that its bytes are those that were stored.
+/// Reads a compressed object of a backup into a writer and checks that its bytes are those that were stored.
 async fn read_stored<W: Write + Send + 'static>(
     repository: &Repository,
     backup: &BackupRecord,
@@ -241,20 +239,25 @@ async fn read_stored<W: Write + Send + 'static>(
     writer: W,
 ) -> Result<W, Failure> {
     let key = repository.layout().backup(backup.id, object);
-    let Some((_, mut reader)) = repository.open_stream(&key).await? else {
+    let Some((_, reader)) = repository.open_stream(&key).await? else {
         return Err(damaged(key.as_str(), "it is missing"));
     };
     let name = key.to_string();
     let read = move || {
         let why = reader.failure();
-        let mut compressed = HashingWriter::new(Vec::new());
-        std::io::copy(&mut reader, &mut compressed).map_err(|error| why.or_io("reading", &error))?;
-        let (bytes, content) = compressed.finish();
+        let failed = |error: std::io::Error| match why.or_io("", &error) {
+            // Either the store failed, and said so through the channel, or writing did, or the bytes aren't right.
+            sent if sent.code != Code::Io => sent,
+            _ if error.raw_os_error().is_some() => Failure::io("writing", &error),
+            _ => damaged(&name, &error.to_string()),
+        };
+        let (mut hashing, mut writer) = (HashingReader::new(reader), writer);
+        let copied = zstd::stream::copy_decode(&mut hashing, &mut writer);
+        copied.and_then(|()| std::io::copy(&mut hashing, &mut std::io::sink())).map_err(failed)?;
+        let content = hashing.finish();
         if content.sha256 != stored.sha256 || content.size != stored.size {
             return Err(damaged(&name, "its bytes aren't those that were stored"));
         }
-        let mut writer = writer;
-        zstd::stream::copy_decode(bytes.as_slice(), &mut writer).map_err(|error| damaged(&name, &error.to_string()))?;
         Ok(writer)
     };
     tokio::task::spawn_blocking(read).await?
@@ -268,7 +271,6 @@ fn make_startable(
     major: u32,
     settings: &RecoverySettings,
     held: Vec<HeldFile>,
-    manifest: &[u8],
 ) -> Result<(), Failure> {
     let root = directory.path();
     let mut files: BTreeMap<String, HeldFile> = held.into_iter().map(|file| (file.path.clone(), file)).collect();
@@ -291,7 +293,6 @@ fn make_startable(
     remove_if_there(&auto_conf)?;
     directory.write("postgresql.auto.conf", &rewrite_auto_conf(&brought, major, settings))?;
     directory.write("recovery.signal", b"")?;
-    directory.write("backup_manifest", manifest)?;
     directory.write("backup_label", &label.content)?;
     if let Some(map) = map {
         // PostgreSQL makes its links by this file when it starts: with the old locations it would point back to them.

@@ -15,7 +15,7 @@ use std::{
     },
 };
 
-use pgsidecar_core::{Sha256Digest, backup::PartRecord};
+use pgsidecar_core::{ContentId, Sha256Digest, backup::PartRecord};
 use sha2::{Digest, Sha256};
 
 use super::directory::TargetDirectory;
@@ -55,10 +55,21 @@ pub struct HeldFile {
 }
 
 /// Computes SHA-256 and length of what is read through it.
-struct HashingReader<R> {
+pub(super) struct HashingReader<R> {
     inner: R,
     hasher: Sha256,
     length: u64,
+}
+
+impl<R> HashingReader<R> {
+    pub(super) fn new(inner: R) -> HashingReader<R> {
+        HashingReader { inner, hasher: Sha256::new(), length: 0 }
+    }
+
+    /// The identity of what was read.
+    pub(super) fn finish(self) -> ContentId {
+        ContentId { sha256: Sha256Digest::new(self.hasher.finalize().into()), size: self.length }
+    }
 }
 
 impl<R: Read> Read for HashingReader<R> {
@@ -87,7 +98,7 @@ impl Unpacker {
     /// [`Code::Damaged`] if the part isn't what was stored, [`Code::Io`] if it can't be written.
     pub fn unpack(&self, reader: ChannelReader, part: &PartRecord) -> Result<u64, Failure> {
         let why = reader.failure();
-        let hashing = HashingReader { inner: reader, hasher: Sha256::new(), length: 0 };
+        let hashing = HashingReader::new(reader);
         let mut decoder =
             zstd::stream::read::Decoder::new(hashing).map_err(|error| Failure::io("setting zstd up", &error))?;
         let mut files = 0;
@@ -110,15 +121,14 @@ impl Unpacker {
         }
         let mut rest = decoder.finish();
         io::copy(&mut rest, &mut io::sink()).map_err(|error| why.or_io("reading", &error))?;
-        let hashing = rest.into_inner();
-        let digest = Sha256Digest::new(hashing.hasher.finalize().into());
-        if hashing.length != part.stored.size || digest != part.stored.sha256 {
+        let read = rest.into_inner().finish();
+        if read.size != part.stored.size || read.sha256 != part.stored.sha256 {
             return Err(damaged(
                 "this part",
                 &format!(
                     "it has {} bytes with SHA-256 {}, stored were {} with {}",
-                    hashing.length,
-                    digest.short(),
+                    read.size,
+                    read.sha256.short(),
                     part.stored.size,
                     part.stored.sha256.short()
                 ),
