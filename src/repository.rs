@@ -25,6 +25,8 @@ use crate::{
 /// Compressed content up to this size is sent in one request, whose bytes are held in memory: a segment of the
 /// usual 16 MB, however badly it compresses.
 const SINGLE_REQUEST_BYTES: usize = 17 << 20;
+/// What a buffer for one request has at first.
+const SMALL_BUFFER_BYTES: usize = 512 << 10;
 /// The largest small object (records, histories) that is read into memory.
 const SMALL_OBJECT_BYTES: u64 = 64 << 20;
 /// How often a broken download is taken up again before it fails.
@@ -117,7 +119,16 @@ impl Repository {
             while let Some(chunk) = chunks.recv().await {
                 match &mut upload {
                     Some(upload) => upload.write(chunk).await?,
-                    None if buffered.len() + chunk.len() <= buffer => buffered.extend_from_slice(&chunk),
+                    None if buffered.len() + chunk.len() <= buffer => {
+                        // What outgrows a small buffer gets all that it may take at once. Untouched it costs nothing, and
+                        // growing step by step would hold the old and the new buffer, of megabytes each, at each step.
+                        if buffered.capacity() < buffered.len() + chunk.len() {
+                            let small = SMALL_BUFFER_BYTES.min(buffer);
+                            let wanted = if buffered.len() + chunk.len() <= small { small } else { buffer };
+                            buffered.reserve_exact(wanted - buffered.len());
+                        }
+                        buffered.extend_from_slice(&chunk);
+                    }
                     None => {
                         // The identity isn't known yet: a conflict of such an object is settled by reading it.
                         let upload = upload.insert(self.store.begin(key, None).await?);

@@ -103,10 +103,17 @@ fn bounded(repository: impl FnOnce(&Scratch) -> Repository) {
     sidecar.memory_limit = Some(LIMIT);
     sidecar.start();
     let watch = Watch::over(sidecar.pid());
-    // WAL that doesn't compress flows meanwhile.
-    postgres
-        .sql("CREATE TABLE t AS SELECT n, gen_random_uuid() u, gen_random_uuid() v FROM generate_series(1, 600000) n");
+    // WAL flows meanwhile.
+    let mut writing = postgres.client("psql");
+    writing.args([
+        "-X",
+        "-q",
+        "-c",
+        "CREATE TABLE t AS SELECT n, gen_random_uuid() u FROM generate_series(1, 1000000) n",
+    ]);
+    let mut writing = writing.spawn().unwrap();
     sidecar.ok(&["backup", "create", "--fast"]);
+    assert!(writing.wait().unwrap().success());
     postgres.switch_wal();
     postgres.wait_until_archived();
 
@@ -128,7 +135,7 @@ fn bounded(repository: impl FnOnce(&Scratch) -> Repository) {
     let mut restored = Postgres::on(&scratch, to, 15);
     restored.spawn(&["-c", "archive_mode=off"]);
     restored.wait_for_promotion();
-    assert_eq!(restored.sql("SELECT count(*) FROM t"), "600000");
+    assert_eq!(restored.sql("SELECT count(*) FROM t"), "1000000");
     watch.check("the daemon");
     wait_until("the daemon still answers", Duration::from_secs(10), || sidecar.cli(&["status"]).status.success());
 }
