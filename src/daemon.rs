@@ -9,6 +9,7 @@
 
 use std::{
     io,
+    os::unix::fs::MetadataExt,
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -32,7 +33,7 @@ use crate::{
     codec::ChannelReader,
     failure::{Code, Failure},
     histories,
-    http::{self, Listener},
+    http::{self, Listener, wal::Asker},
     jobs::{Job, Jobs, Snapshot},
     pgdata::DataDirectory,
     repository::{Repository, Stored},
@@ -183,8 +184,12 @@ impl App {
     ///
     /// # Errors
     /// Why it isn't in the repository.
-    pub async fn archive_file(&self, name: ArchiveFileName) -> Result<Stored, Failure> {
+    pub async fn archive_file(&self, name: ArchiveFileName, asker: Option<Asker>) -> Result<Stored, Failure> {
         let (pgdata, control, repository) = self.ready_to_archive(name).await?;
+        if let Some(asker) = asker {
+            check_asker(&pgdata, &control, name, asker)
+                .inspect_err(|failure| self.archiver.note_failure(name, failure))?;
+        }
         self.archiver.archive_file(&repository, &pgdata, &control, name).await
     }
 
@@ -374,6 +379,34 @@ impl Work {
         }
         *cached = Some((Instant::now(), last.clone()));
         Ok(last)
+    }
+}
+
+/// Refuses to acknowledge our file to another server: its own of the same name would be lost.
+fn check_asker(
+    pgdata: &DataDirectory,
+    control: &ControlFile,
+    name: ArchiveFileName,
+    asker: Asker,
+) -> Result<(), Failure> {
+    let refuse = |what: String| {
+        Err(Failure::new(Code::WrongCluster, what)
+            .hint("Its WAL is kept. Each server needs a pgsidecar of its own, with its own PGDATA and --wal-listen; the helper finds it by PGSIDECAR_ADDRESS."))
+    };
+    if asker.system != control.system_identifier {
+        return refuse(format!(
+            "a server with system identifier {} asks to archive {name}, and this pgsidecar is beside one with {}",
+            asker.system, control.system_identifier
+        ));
+    }
+    let ours = std::fs::symlink_metadata(pgdata.wal().join(name.to_string())).map(|meta| meta.ino());
+    match ours {
+        Ok(inode) if inode != asker.inode => refuse(format!(
+            "another copy of this database asks to archive {name}: its file isn't the one in {}",
+            pgdata.wal().display()
+        )),
+        // What isn't there is told by who opens it.
+        _ => Ok(()),
     }
 }
 

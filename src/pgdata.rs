@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use pgsidecar_core::ControlFile;
+use pgsidecar_core::{ArchiveFileName, ControlFile};
 
 use crate::failure::{Code, Failure};
 
@@ -115,6 +115,16 @@ impl DataDirectory {
     /// As [`DataDirectory::control_bytes`].
     pub fn control(&self) -> Result<ControlFile, Failure> {
         self.control_bytes().map(|(_, control)| control)
+    }
+
+    /// Whether PostgreSQL waits to have this file archived.
+    pub fn is_ready(&self, name: &ArchiveFileName) -> bool {
+        self.wal().join(format!("archive_status/{name}.ready")).exists()
+    }
+
+    /// Whether PostgreSQL has finished this file: it's to be archived, or has been.
+    pub fn is_complete(&self, name: &ArchiveFileName) -> bool {
+        self.is_ready(name) || self.wal().join(format!("archive_status/{name}.done")).exists()
     }
 
     /// What PostgreSQL has marked as ready to be archived.

@@ -19,14 +19,16 @@ pub mod part;
 pub mod walk;
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use jiff::Timestamp;
 use pgsidecar_core::{
-    ArchiveFileName, BackupId, BackupKind, BackupRecord, ControlFile, TimelineHistory, TimelineId,
-    backup::{BACKUP_FORMAT, PartRecord, TablespaceRecord},
+    ArchiveFileName, BackupId, BackupKind, BackupRecord, ControlFile, ObjectKey, SegmentName, TimelineHistory,
+    TimelineId,
+    backup::{BACKUP_FORMAT, TablespaceRecord},
     backup_label::{BackupLabel, TablespaceMap},
     backup_manifest::{ManifestVersion, ManifestWriter, WalRange},
     data_directory::tablespace_version_directory,
@@ -99,7 +101,8 @@ pub async fn create(
 
     let id = claim(repository, &settings.instance).await?;
     tracing::info!(backup = %id, label = request.label, fast = request.fast, "base backup: waiting for the checkpoint");
-    let taken = Taking { repository, pgdata, settings, request, id, control, progress }.take(session).await;
+    let taken =
+        Taking { repository, pgdata, settings, request, id, control, progress: progress.clone() }.take(session).await;
     match taken {
         Ok(record) => {
             tracing::info!(
@@ -109,6 +112,9 @@ pub async fn create(
             );
             Ok(record)
         }
+        Err(failure) if progress.committing.load(Relaxed) => Err(failure
+            .context(format!("base backup {id} may be complete, or not"))
+            .hint("'pgsidecar backup list' tells. If it isn't listed, its remains are removed by the next backup.")),
         Err(failure) => {
             remove(repository, id).await;
             Err(failure.context(format!("base backup {id}")))
@@ -148,7 +154,7 @@ impl Taking<'_> {
         let _stop_threads = CancelOnDrop(progress.clone());
         let mut packing = tokio::task::spawn_blocking(move || {
             let packed = packer.pack(&mut listing);
-            packed.map(|(parts, warnings)| (packer, listing, parts, warnings))
+            packed.map(|(parts, found)| (packer, listing, parts, found))
         });
         let packed = tokio::select! {
             packed = &mut packing => packed?,
@@ -160,7 +166,7 @@ impl Taking<'_> {
                     .hint("The server stopped, restarted or crashed. Take the backup again when it's up."))
             }
         };
-        let (packer, mut listing, mut parts, warnings) = packed?;
+        let (packer, mut listing, mut parts, found) = packed?;
 
         let (control_bytes, control_at_end) = blocking(pgdata, |pgdata| pgdata.control_bytes()).await?;
         let stop = session.backup_stop().await?;
@@ -169,6 +175,13 @@ impl Taking<'_> {
 
         let label: BackupLabel = stop.label_file.parse().map_err(Failure::internal)?;
         let tablespaces: TablespaceMap = stop.tablespace_map.parse().map_err(Failure::internal)?;
+        // Replay makes such a tablespace anew, and can't where its files are already.
+        let late =
+            found.tablespaces.iter().find(|oid| !tablespaces.0.iter().any(|(known, _)| known.to_string() == **oid));
+        if let Some(oid) = late {
+            return Err(Failure::new(Code::Busy, format!("the tablespace {oid} was created while the backup ran"))
+                .hint("Take the backup again."));
+        }
         if control_at_end.system_identifier != control.system_identifier {
             return Err(Failure::new(
                 Code::WrongCluster,
@@ -207,11 +220,13 @@ impl Taking<'_> {
             manifest: listed.manifest,
             index: listed.index,
             files: listed.files,
-            warnings,
+            warnings: found.warnings,
             writer: concat!("pgsidecar ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
-        progress.unless_cancelled(wait_for_wal(repository, &record, settings.backup_wal_timeout)).await?;
+        progress.unless_cancelled(wait_for_wal(repository, pgdata, &record, settings.backup_wal_timeout)).await?;
         check_parts(repository, &record).await?;
+        // From here on nothing may be removed: that the record was stored can't be ruled out any more.
+        progress.committing.store(true, Relaxed);
         repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await?;
         Ok(record)
     }
@@ -294,8 +309,14 @@ async fn claim(repository: &Repository, instance: &str) -> Result<BackupId, Fail
     Err(Failure::new(Code::Busy, "no id for the backup could be had: others take one each second").hint("Try again."))
 }
 
-/// Waits until all the WAL of the backup is in the repository.
-async fn wait_for_wal(repository: &Repository, record: &BackupRecord, timeout: Duration) -> Result<(), Failure> {
+/// Waits until all the WAL of the backup is in the repository, and PostgreSQL knows it: a name that is there while
+/// PostgreSQL still asks to have its own file archived may be another server's.
+async fn wait_for_wal(
+    repository: &Repository,
+    pgdata: &DataDirectory,
+    record: &BackupRecord,
+    timeout: Duration,
+) -> Result<(), Failure> {
     let size = record.wal_segment_size;
     let last = size.start_of(size.previous_segment_number(record.stop_lsn));
     let history = history_of(repository, record.timeline).await?;
@@ -306,10 +327,14 @@ async fn wait_for_wal(repository: &Repository, record: &BackupRecord, timeout: D
     loop {
         let looked = repository.scan_wal(scan.clone(), Some(last)).await;
         let missing = match looked {
-            Ok(seen) if seen.reaches(last) => return Ok(()),
+            Ok(seen) if seen.reaches(last) => match unacknowledged(pgdata, record) {
+                None => return Ok(()),
+                Some(segment) => Ok(segment),
+            },
             Ok(seen) => {
-                scan = seen;
-                Ok(scan.finish().missing)
+                let missing = seen.finish().missing;
+                scan = seen.resumed();
+                Ok(missing)
             }
             Err(failure) => Err(failure),
         };
@@ -335,6 +360,14 @@ async fn wait_for_wal(repository: &Repository, record: &BackupRecord, timeout: D
     }
 }
 
+/// The first segment of the backup that PostgreSQL still wants to have archived.
+fn unacknowledged(pgdata: &DataDirectory, record: &BackupRecord) -> Option<SegmentName> {
+    let size = record.wal_segment_size;
+    let numbers = size.segment_number(record.start_lsn)..=size.previous_segment_number(record.stop_lsn);
+    let mut segments = numbers.map(|number| SegmentName::from_number(record.timeline, number, size));
+    segments.find(|segment| pgdata.is_ready(&ArchiveFileName::Segment(*segment)))
+}
+
 async fn history_of(repository: &Repository, timeline: TimelineId) -> Result<TimelineHistory, Failure> {
     let name = ArchiveFileName::History(timeline);
     match repository.history_file(timeline).await? {
@@ -345,26 +378,25 @@ async fn history_of(repository: &Repository, timeline: TimelineId) -> Result<Tim
     }
 }
 
-/// Looks every part up once more: another run could have taken ours for remains.
+/// Looks every object up once more: another run could have taken ours for remains.
 async fn check_parts(repository: &Repository, record: &BackupRecord) -> Result<(), Failure> {
-    let layout = repository.layout();
-    let mut missing: Vec<&PartRecord> = record.parts.iter().collect();
-    let mut pages = Pages::new(repository.store(), ListRequest::under(layout.backup_prefix(record.id)));
+    let key = |object| repository.layout().backup(record.id, object);
+    let mut missing: BTreeMap<ObjectKey, u64> =
+        record.parts.iter().map(|part| (key(BackupObject::Part(part.number)), part.stored.size)).collect();
+    missing.insert(key(BackupObject::Manifest), record.manifest.size);
+    missing.insert(key(BackupObject::Index), record.index.size);
+    let mut pages = Pages::new(repository.store(), ListRequest::under(repository.layout().backup_prefix(record.id)));
     while let Some(page) = pages.next().await? {
         for object in page.objects {
-            missing.retain(|part| {
-                layout.backup(record.id, BackupObject::Part(part.number)) != object.key
-                    || part.stored.size != object.size
-            });
+            if missing.get(&object.key) == Some(&object.size) {
+                missing.remove(&object.key);
+            }
         }
     }
-    match missing.first() {
+    match missing.keys().next() {
         None => Ok(()),
-        Some(part) => Err(Failure::new(
-            Code::Damaged,
-            format!("part {} was stored, and isn't there any more as it was", part.number),
-        )
-        .hint("Find out who deletes or changes objects in the repository, then take the backup again.")),
+        Some(key) => Err(Failure::new(Code::Damaged, format!("{key} was stored, and isn't there any more as it was"))
+            .hint("Find out who deletes or changes objects in the repository, then take the backup again.")),
     }
 }
 
@@ -400,6 +432,11 @@ async fn remove(repository: &Repository, id: BackupId) {
     let removed = async {
         for upload in repository.store().pending_uploads(&prefix).await? {
             repository.store().abort_pending(&upload).await?;
+        }
+        // Without the record it's no backup; only then may the rest go.
+        let record = repository.layout().backup(id, BackupObject::Record);
+        if let Some((_, error)) = repository.store().delete(std::slice::from_ref(&record)).await?.into_iter().next() {
+            return Err(error);
         }
         let mut pages = Pages::new(repository.store(), ListRequest::under(prefix.clone()));
         while let Some(page) = pages.next().await? {

@@ -21,7 +21,7 @@ use tokio::{runtime::Handle, sync::Notify};
 use super::{
     listing::{Listing, Uploading},
     part::{FileEntry, PartWriter},
-    walk::{Item, walk},
+    walk::{Found, Item, walk},
 };
 use crate::{
     failure::{Code, Failure},
@@ -41,6 +41,8 @@ pub struct Progress {
     pub total_bytes: AtomicU64,
     /// Files done.
     pub files: AtomicU64,
+    /// Set when the commit marker is about to be written: from then on nothing is removed.
+    pub committing: AtomicBool,
     cancelled: AtomicBool,
     cancellation: Notify,
 }
@@ -147,7 +149,7 @@ impl Packer {
     ///
     /// # Errors
     /// The first that any thread met.
-    pub fn pack(&self, listing: &mut Listing) -> Result<(Vec<PartRecord>, Vec<String>), Failure> {
+    pub fn pack(&self, listing: &mut Listing) -> Result<(Vec<PartRecord>, Found), Failure> {
         let (items_in, items) = sync_channel::<Item>(QUEUE);
         let items = Mutex::new(items);
         let (entries_in, entries) = sync_channel::<FileEntry>(QUEUE);

@@ -41,17 +41,26 @@ pub enum Item {
 struct Walk<'a> {
     source: &'a Source,
     emit: &'a mut dyn FnMut(Item) -> Result<(), Failure>,
-    warnings: Vec<String>,
+    found: Found,
 }
 
-/// Walks a data directory; `emit` gets each item and can end the walk. Answers with warnings.
+/// What a walk has found besides the items.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// What was left out, for people.
+    pub warnings: Vec<String>,
+    /// The OIDs of the tablespaces outside of the data directory.
+    pub tablespaces: Vec<String>,
+}
+
+/// Walks a data directory; `emit` gets each item and can end the walk.
 ///
 /// # Errors
 /// If a directory can't be read, or `emit` fails.
-pub fn walk(source: &Source, emit: &mut dyn FnMut(Item) -> Result<(), Failure>) -> Result<Vec<String>, Failure> {
-    let mut walk = Walk { source, emit, warnings: Vec::new() };
+pub fn walk(source: &Source, emit: &mut dyn FnMut(Item) -> Result<(), Failure>) -> Result<Found, Failure> {
+    let mut walk = Walk { source, emit, found: Found::default() };
     walk.directory(Path::new(""), &source.root)?;
-    Ok(walk.warnings)
+    Ok(walk.found)
 }
 
 /// `None` if it has vanished.
@@ -122,7 +131,7 @@ impl Walk<'_> {
             }
             return Ok(());
         }
-        self.warnings.push(format!("{shown} is neither a file nor a directory and was left out"));
+        self.found.warnings.push(format!("{shown} is neither a file nor a directory and was left out"));
         Ok(())
     }
 
@@ -156,6 +165,7 @@ impl Walk<'_> {
             };
         };
         (self.emit)(Item::Directory { path: path.to_owned(), meta: meta.clone() })?;
+        self.found.tablespaces.extend(path.file_name().map(|oid| oid.to_string_lossy().into_owned()));
         let own = &self.source.tablespace_directory;
         let (path, location) = (path.join(own), link.join(own));
         if let Some(meta) = unless_vanished(fs::symlink_metadata(&location), &location)? {

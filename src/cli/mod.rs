@@ -90,7 +90,7 @@ pub fn main() -> ExitCode {
     let wrong = logging::start(cli.settings.log.as_deref(), cli.settings.log_format.as_deref(), default_level);
     wrong.into_iter().for_each(|error| settings.add_error(error));
     let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(32).enable_all().build();
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(128).enable_all().build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(dispatch(cli.command, &settings)),
         Err(error) => Err(Failure::io("starting threads", &error)),

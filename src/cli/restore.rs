@@ -167,6 +167,9 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
                 options.action
             ))?;
             output::print_line(
+                "Before a standby is made of it, take the recovery settings out of its postgresql.auto.conf: they'd apply to the standby too.",
+            )?;
+            output::print_line(
                 "If it starts beside the server that it's a copy of, give it another port and archive_mode=off.",
             )
         }

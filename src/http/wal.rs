@@ -3,6 +3,7 @@
 //! ```text
 //! PUT  /v1/wal/{name}            archive the request's body                        curl -fsS -T %p
 //! POST /v1/wal/{name}/archive    archive the file of that name in pg_wal           pgsidecar-wal archive %p
+//!                                ?system-identifier=N&inode=I  refused unless it's that server's file
 //! GET  /v1/wal/{name}            the file; 404 not_in_archive only when the store said so
 //!                                ?system-identifier=N  of another database system of this cluster name
 //! GET  /v1/status                state, problems, backlog, last backup and job
@@ -49,7 +50,8 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
         }
         (&Method::POST, ["v1", "wal", name, "archive"]) => {
             let name = parse_name(name)?;
-            app.archive_file(name).await.map(|stored| archived(name, stored))
+            let asker = request.uri().query().map(Asker::parse).transpose()?;
+            app.archive_file(name, asker).await.map(|stored| archived(name, stored))
         }
         (&Method::GET, ["v1", "wal", name]) => fetch(&app, parse_name(name)?, request.uri().query()).await,
         // A name with slashes in it is none.
@@ -154,6 +156,27 @@ async fn fetch(app: &Arc<App>, name: ArchiveFileName, query: Option<&str>) -> Re
         }
     });
     Ok(streamed("application/octet-stream", Some(length), chunks))
+}
+
+/// Which server asks to have a file of pg_wal archived, as the helper tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asker {
+    /// Of its `pg_control`.
+    pub system: SystemIdentifier,
+    /// Of the file in its pg_wal.
+    pub inode: u64,
+}
+
+impl Asker {
+    fn parse(query: &str) -> Result<Asker, Failure> {
+        let parsed = || {
+            let (system, inode) = query.strip_prefix("system-identifier=")?.split_once("&inode=")?;
+            Some(Asker { system: system.parse().ok()?, inode: inode.parse().ok()? })
+        };
+        parsed().ok_or_else(|| {
+            Failure::new(Code::InvalidRequest, format!("{query:?} is not system-identifier=NUMBER&inode=NUMBER"))
+        })
+    }
 }
 
 fn parse_query(query: &str) -> Result<SystemIdentifier, Failure> {

@@ -6,6 +6,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use pgsidecar_core::BackupRecord;
@@ -39,6 +40,8 @@ pub struct TargetDirectory {
     owner: Owner,
     /// Tablespaces' directories, and whether we created them.
     tablespaces: Vec<(PathBuf, bool)>,
+    /// The markers, locked: another restore into the same directory is told from the remains of one.
+    locks: Vec<Arc<File>>,
 }
 
 impl TargetDirectory {
@@ -66,8 +69,13 @@ impl TargetDirectory {
             }
         }
         check_room(path, backup.plain_bytes())?;
-        let mut directory =
-            TargetDirectory { path: path.to_owned(), created: false, owner: Owner::Ourselves, tablespaces: Vec::new() };
+        let mut directory = TargetDirectory {
+            path: path.to_owned(),
+            created: false,
+            owner: Owner::Ourselves,
+            tablespaces: Vec::new(),
+            locks: Vec::new(),
+        };
         for (n, target) in targets.into_iter().enumerate() {
             let claimed = directory.claim(target, n == 0, backup);
             if let Err(failure) = claimed {
@@ -88,10 +96,13 @@ impl TargetDirectory {
         }
         let mark = || {
             clear_content(path)?;
-            self.create_file(&path.join(MARKER), format!("{}\n", backup.id).as_bytes())?;
-            File::open(path)?.sync_all()
+            let marker = self.create_file(&path.join(MARKER), format!("{}\n", backup.id).as_bytes())?;
+            marker.try_lock()?;
+            File::open(path)?.sync_all()?;
+            Ok::<_, io::Error>(marker)
         };
-        mark().map_err(|error| Failure::io(format!("claiming {}", path.display()), &error))
+        let marked = mark().map(|marker| self.locks.push(Arc::new(marker)));
+        marked.map_err(|error| Failure::io(format!("claiming {}", path.display()), &error))
     }
 
     /// Where it is.
@@ -258,7 +269,10 @@ fn check_free(path: &Path) -> Result<(), Failure> {
     if path.join("PG_VERSION").exists() {
         return Err(refuse("holds a database"));
     }
-    if path.join(MARKER).exists() {
+    if let Ok(marker) = File::open(path.join(MARKER)) {
+        if marker.try_lock().is_err() {
+            return Err(refuse("is being restored to at this moment"));
+        }
         tracing::info!(directory = %path.display(), "the directory holds the remains of an interrupted restore; starting over");
         return Ok(());
     }

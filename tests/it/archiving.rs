@@ -384,3 +384,51 @@ fn an_outage_with_a_store_that_answers_500_is_survived_and_told_pg15() {
 fn an_outage_with_a_store_that_is_silent_is_survived_and_told_pg15() {
     an_outage_is_survived_and_told(15, Way::Held, "store_unavailable");
 }
+
+#[test]
+fn the_segment_that_postgresql_is_writing_to_is_not_archived_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (postgres, sidecar) = archiving(&scratch, 15, &[], &repository);
+    let current = postgres.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
+    let (status, body) = sidecar.curl(&format!("/v1/wal/{current}/archive"), &["-X", "POST"]);
+    assert_eq!(status, 422, "{body}");
+    assert!(body.contains("has not marked"), "{body}");
+    postgres.switch_wal();
+    postgres.wait_until_archived();
+}
+
+#[test]
+fn a_file_is_not_acknowledged_to_another_server_that_has_one_of_that_name_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (postgres, sidecar) = archiving(&scratch, 15, &[], &repository);
+    let name = postgres.switch_wal();
+    postgres.wait_until_archived();
+    let ask = |directory: &std::path::Path| {
+        let mut helper = crate::support::command(crate::support::Sidecar::helper());
+        helper.args(["--address", &format!("127.0.0.1:{}", sidecar.port), "archive", &format!("pg_wal/{name}")]);
+        helper.current_dir(directory).output().unwrap()
+    };
+    assert!(ask(&postgres.data).status.success());
+    // A copy of the data directory on the same host, whose server asks the wrong sidecar.
+    let copy = scratch.dir("copy");
+    for directory in ["global", "pg_wal"] {
+        std::fs::create_dir(copy.join(directory)).unwrap();
+        crate::support::give_to_servers(&copy.join(directory));
+    }
+    for file in ["global/pg_control".to_owned(), format!("pg_wal/{name}")] {
+        std::fs::copy(postgres.data.join(&file), copy.join(&file)).unwrap();
+        crate::support::give_to_servers(&copy.join(&file));
+    }
+    let refused = ask(&copy);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(crate::support::told(&refused).contains("another copy"), "{}", crate::support::told(&refused));
+    // Another database altogether.
+    let mut control = std::fs::read(copy.join("global/pg_control")).unwrap();
+    control[0] ^= 1;
+    std::fs::write(copy.join("global/pg_control"), control).unwrap();
+    let refused = ask(&copy);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(crate::support::told(&refused).contains("system identifier"), "{}", crate::support::told(&refused));
+}

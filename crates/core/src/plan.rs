@@ -112,6 +112,14 @@ pub enum PlanError {
         /// The end of what can be replayed.
         reachable: Lsn,
     },
+    /// The first segment of the timeline isn't there. What the old timeline has in its place goes on differently.
+    #[error("timeline {timeline} can't be reached: its first WAL segment, {missing}, is not in the archive")]
+    TimelineNotReached {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Its first segment.
+        missing: SegmentName,
+    },
     /// The archive ends before the target.
     #[error(
         "the target, {target}, lies after the last archived WAL: the archive ends at {reachable}, in segment {last}, stored at {stored_at}"
@@ -148,6 +156,9 @@ impl PlanError {
                 "Name the last backup before the restore point with --backup ('pgsidecar backup list' shows them)."
             }
             PlanError::BackupLacksWal { .. } => "Choose another backup with --backup.",
+            PlanError::TimelineNotReached { .. } => {
+                "Name the timeline before it with --target-timeline. If its server runs, SELECT pg_switch_wal() ships the segment."
+            }
             PlanError::Gap { .. } => "Choose a target before the missing segment.",
             PlanError::AfterLastWal { .. } => {
                 "If the database still runs, SELECT pg_switch_wal() ships the current segment; otherwise choose an \
@@ -283,12 +294,9 @@ impl WalScan {
     /// Takes note of a segment. Segments of one timeline must come in order, timelines from the oldest on.
     pub fn found(&mut self, segment: SegmentName, stored_at: Timestamp) {
         let Some(number) = segment.number(self.size) else { return };
-        // The segment in which a timeline ends exists on both: as the old one's and, copied, as the new one's.
-        let of_interest = self.spans().any(|span| {
-            span.timeline == segment.timeline()
-                && self.size.segment_number(span.begin) <= number
-                && span.end.is_none_or(|end| number <= self.size.segment_number(end))
-        });
+        // The segment in which a timeline ends exists on both: as the old one's, which may go on where this way doesn't,
+        // and, copied up to the switch, as the new one's. Only the new one's counts.
+        let of_interest = self.history.timeline_of_segment(number, self.size) == Some(segment.timeline());
         if !of_interest || number < self.expected {
             return;
         }
@@ -298,6 +306,12 @@ impl WalScan {
         } else if number > self.expected {
             self.gap = true;
         }
+    }
+
+    /// The same scan for another look from where it stands, without the gap that was seen: a listing can run ahead.
+    pub fn resumed(mut self) -> WalScan {
+        self.gap = false;
+        self
     }
 
     /// Whether WAL up to this point has been seen, so that nothing more need be listed.
@@ -361,6 +375,16 @@ impl RestorePlan {
         let Some((last, stored_at)) = wal.last.filter(|_| consistent) else {
             return Err(PlanError::BackupLacksWal { backup: backup.id, missing: wal.missing });
         };
+        // PostgreSQL would read the old timeline's segment in its place, and beyond the switch.
+        let begin = history.spans().last().map_or(Lsn::INVALID, |span| span.begin);
+        let needs_timeline = match &target {
+            RecoveryTarget::Immediate => false,
+            RecoveryTarget::Lsn(lsn) => *lsn >= wal.reachable,
+            _ => true,
+        };
+        if needs_timeline && begin >= wal.reachable && begin > backup.stop_lsn {
+            return Err(PlanError::TimelineNotReached { timeline: history.timeline(), missing: wal.missing });
+        }
         let beyond = match &target {
             RecoveryTarget::Latest | RecoveryTarget::Immediate => false,
             // Neither says where it lies; PostgreSQL ends with an error if it isn't met.

@@ -7,7 +7,11 @@
 //! stopped within a time limit.
 
 use std::{
+    fs::{self, File},
+    io::Read,
     net::SocketAddr,
+    os::unix::fs::MetadataExt,
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -25,7 +29,8 @@ const RECONNECT_EVERY: Duration = Duration::from_millis(250);
 
 /// Archives the file and returns the exit code: 0 when it is durable, otherwise 1.
 pub fn archive(file: &FileName, address: SocketAddr, timeout: Duration, world: &mut World<'_>) -> u8 {
-    let problem = match send(file, address, timeout) {
+    let target = format!("/v1/wal/{file}/archive{}", asker(file, world.cwd));
+    let problem = match send(&target, address, timeout) {
         Ok(response) if matches!(response.status(), 200 | 204) => return 0,
         Ok(response) => Problem::from_response(response, address),
         Err(error) => Problem::from_http(&error, address),
@@ -34,14 +39,26 @@ pub fn archive(file: &FileName, address: SocketAddr, timeout: Duration, world: &
     EXIT_FAILED
 }
 
-fn send(file: &FileName, address: SocketAddr, timeout: Duration) -> Result<Response, HttpError> {
+/// Who asks, as a query: the daemon reads the file from the data directory that it knows, and must not acknowledge that
+/// file to the server of another one. The system identifier is the first field of `pg_control`; a copy of the same
+/// database has other inodes. Empty where neither can be read: the daemon then goes by the name.
+fn asker(file: &FileName, data: &Path) -> String {
+    let mut identifier = [0; 8];
+    let read = File::open(data.join("global/pg_control")).and_then(|mut control| control.read_exact(&mut identifier));
+    let inode = fs::metadata(data.join("pg_wal").join(file.to_string())).map(|meta| meta.ino());
+    match (read, inode) {
+        (Ok(()), Ok(inode)) => format!("?system-identifier={}&inode={inode}", u64::from_le_bytes(identifier)),
+        _ => String::new(),
+    }
+}
+
+fn send(target: &str, address: SocketAddr, timeout: Duration) -> Result<Response, HttpError> {
     let started = Instant::now();
-    let target = format!("/v1/wal/{file}/archive");
     loop {
         let connect_timeout = CONNECT_TIMEOUT.min(ABSENCE_LIMIT.saturating_sub(started.elapsed()));
         // The upload may take all the time that there is, and nothing is heard of it.
         let client = Client { address, deadline: started + timeout, silence: timeout, connect_timeout };
-        match client.send("POST", &target) {
+        match client.send("POST", target) {
             // Asking twice is harmless: the same content again is a success.
             Err(HttpError::Unreachable(_) | HttpError::Broken(_))
                 if started.elapsed() + RECONNECT_EVERY < ABSENCE_LIMIT.min(timeout) =>

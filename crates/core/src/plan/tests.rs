@@ -166,9 +166,19 @@ fn wal_is_followed_across_a_switch_and_not_into_the_abandoned_branch() {
     let facts = scan(way.clone(), lsn(13), &segments);
     assert_eq!((facts.reachable, facts.gap), (Lsn::new(17 * SIZE.bytes()), false));
     assert_eq!(facts.missing.to_string(), "000000020000000000000011");
-    // Before the new timeline's first segment is archived, the old one's reaches to the switch.
-    let facts = scan(way, lsn(13), &[(1, 13), (1, 14), (1, 15), (1, 16)]);
-    assert_eq!(facts.reachable, Lsn::new(16 * SIZE.bytes()));
+}
+
+#[test]
+fn the_old_timeline_s_segment_is_not_taken_for_the_new_one_s_first() {
+    let catalog = Catalog { backups: vec![backup(1, 10, 12)], histories: vec![history(2, &[(1, lsn(15))])] };
+    let segments = [(1, 10), (1, 11), (1, 12), (1, 13), (1, 14), (1, 15), (1, 16)];
+    let error = plan(&catalog, RecoveryTarget::Latest, &segments).unwrap_err();
+    insta::assert_snapshot!(error, @"timeline 2 can't be reached: its first WAL segment, 00000002000000000000000F, is not in the archive");
+    assert!(plan(&catalog, RecoveryTarget::Immediate, &segments).is_ok());
+    assert!(plan(&catalog, RecoveryTarget::Lsn(lsn(14)), &segments).is_ok());
+    assert!(plan(&catalog, RecoveryTarget::Lsn(lsn(15)), &segments).is_err());
+    let with_the_first = [&segments[..], &[(2, 15)]].concat();
+    assert!(plan(&catalog, RecoveryTarget::Latest, &with_the_first).is_ok());
 }
 
 #[test]
