@@ -405,8 +405,8 @@ fn a_file_is_not_acknowledged_to_another_server_that_has_one_of_that_name_pg15()
     let (postgres, sidecar) = archiving(&scratch, 15, &[], &repository);
     let name = postgres.switch_wal();
     postgres.wait_until_archived();
-    let ask = |directory: &std::path::Path| {
-        let mut helper = crate::support::command(crate::support::Sidecar::helper());
+    let ask = |directory: &Path| {
+        let mut helper = command(Sidecar::helper());
         helper.args(["--address", &format!("127.0.0.1:{}", sidecar.port), "archive", &format!("pg_wal/{name}")]);
         helper.current_dir(directory).output().unwrap()
     };
@@ -414,21 +414,21 @@ fn a_file_is_not_acknowledged_to_another_server_that_has_one_of_that_name_pg15()
     // A copy of the data directory on the same host, whose server asks the wrong sidecar.
     let copy = scratch.dir("copy");
     for directory in ["global", "pg_wal"] {
-        std::fs::create_dir(copy.join(directory)).unwrap();
+        fs::create_dir(copy.join(directory)).unwrap();
         crate::support::give_to_servers(&copy.join(directory));
     }
     for file in ["global/pg_control".to_owned(), format!("pg_wal/{name}")] {
-        std::fs::copy(postgres.data.join(&file), copy.join(&file)).unwrap();
+        fs::copy(postgres.data.join(&file), copy.join(&file)).unwrap();
         crate::support::give_to_servers(&copy.join(&file));
     }
     let refused = ask(&copy);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(crate::support::told(&refused).contains("another copy"), "{}", crate::support::told(&refused));
+    assert!(told(&refused).contains("another copy"), "{}", told(&refused));
     // Another database altogether.
-    let mut control = std::fs::read(copy.join("global/pg_control")).unwrap();
+    let mut control = fs::read(copy.join("global/pg_control")).unwrap();
     control[0] ^= 1;
-    std::fs::write(copy.join("global/pg_control"), control).unwrap();
+    fs::write(copy.join("global/pg_control"), control).unwrap();
     let refused = ask(&copy);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(crate::support::told(&refused).contains("system identifier"), "{}", crate::support::told(&refused));
+    assert!(told(&refused).contains("system identifier"), "{}", told(&refused));
 }
