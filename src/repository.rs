@@ -24,6 +24,8 @@ use crate::{
 /// Compressed content up to this size is sent in one request, whose bytes are held in memory: a segment of the
 /// usual 16 MB, however badly it compresses.
 const SINGLE_REQUEST_BYTES: usize = 17 << 20;
+/// What a buffer for one request has at first.
+const SMALL_BUFFER_BYTES: usize = 512 << 10;
 /// The largest small object (records, histories) that is read into memory.
 const SMALL_OBJECT_BYTES: u64 = 64 << 20;
 /// How often a broken download is taken up again before it fails.
@@ -117,10 +119,11 @@ impl Repository {
                 match &mut upload {
                     Some(upload) => upload.write(chunk).await?,
                     None if buffered.len() + chunk.len() <= buffer => {
-                        let needed = buffered.len() + chunk.len();
-                        if buffered.capacity() < needed {
-                            // Doubling, but not past what may be buffered: a Vec by itself would go to twice that.
-                            let wanted = (buffered.capacity() * 2).clamp(needed, buffer);
+                        // What outgrows a small buffer gets all that it may take at once. Untouched it costs nothing, and
+                        // growing step by step would hold the old and the new buffer, of megabytes each, at each step.
+                        if buffered.capacity() < buffered.len() + chunk.len() {
+                            let small = SMALL_BUFFER_BYTES.min(buffer);
+                            let wanted = if buffered.len() + chunk.len() <= small { small } else { buffer };
                             buffered.reserve_exact(wanted - buffered.len());
                         }
                         buffered.extend_from_slice(&chunk);

@@ -1,7 +1,7 @@
 //! Objects of unknown size on S3.
 //!
 //! What fits into one part is one conditional PUT. Anything longer is a multipart upload, whose parts are sent while
-//! the next one fills: (parts in flight + 1) × [`part_size`] bytes of memory, 24 MiB up to an object of 1.6 GB.
+//! the next one fills: 2 × [`part_size`] bytes of memory, 16 MiB up to an object of 1.6 GB.
 //! Nothing is visible before it's completed; what isn't completed is aborted, at once or by `pending_uploads` later.
 
 use aws_sdk_s3::{
@@ -20,8 +20,9 @@ use super::{
 };
 
 const MIB: usize = 1024 * 1024;
-/// Parts up to this size are sent two at once, larger ones one by one: memory counts more there than the round trip.
-const SMALL_PART: usize = 64 * MIB;
+
+/// What the first part's buffer has at first.
+const SMALL_BUFFER: usize = 512 * 1024;
 
 /// The size in bytes of part `n` (from 1 on) of a multipart upload.
 ///
@@ -72,8 +73,9 @@ impl S3Upload {
             Some(multipart) => multipart,
             None => self.multipart.insert(Multipart::begin(&self.store, &self.key, self.content.as_ref()).await?),
         };
-        let in_flight = if self.buffer.len() <= SMALL_PART { 2 } else { 1 };
-        while multipart.sending.len() >= in_flight {
+        // One under way, one that fills. A second one under way would be 8 MiB more for each of a backup's threads, which
+        // upload at the same time anyway.
+        while !multipart.sending.is_empty() {
             multipart.collect_one().await?;
         }
         multipart.send(std::mem::take(&mut self.buffer).freeze());
@@ -89,11 +91,10 @@ impl S3Upload {
             }
             let taken = chunk.split_to(chunk.len().min(size - self.buffer.len()));
             if self.buffer.capacity() < self.buffer.len() + taken.len() {
-                // Until it's known to be large: doubling, but not past the part's size.
-                let wanted = match self.multipart {
-                    None => (self.buffer.capacity() * 2).clamp(self.buffer.len() + taken.len(), size),
-                    Some(_) => size,
-                };
+                // What outgrows a small buffer gets the whole part's at once: growing step by step would hold the old and the
+                // new one, of megabytes each, at each step. What isn't touched of it costs nothing.
+                let needed = self.buffer.len() + taken.len();
+                let wanted = if self.multipart.is_none() && needed <= SMALL_BUFFER { SMALL_BUFFER } else { size };
                 self.buffer.reserve(wanted - self.buffer.len());
             }
             self.buffer.extend_from_slice(&taken);
