@@ -9,8 +9,8 @@ use std::{
 };
 
 use crate::support::{
-    Postgres, Proxy, Repository, Scratch, Sidecar, Way, archiving, archiving_with, beside, command, connect, free_port,
-    head, told, wait_until,
+    Postgres, Proxy, Repository, Scratch, Sidecar, Way, archiving, archiving_with, beside, command, connect, head,
+    told, wait_until,
 };
 
 const MB: u32 = 1 << 20;
