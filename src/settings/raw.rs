@@ -1,0 +1,197 @@
+//! The settings as texts: what clap reads from flags and environment, and what `--help` says of them.
+
+use clap::Args;
+
+/// The settings as they are written. Each can be given by a flag or by the environment; the flag wins.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Settings")]
+pub struct RawSettings {
+    /// Where backups and WAL are kept: s3://BUCKET/PREFIX or file:///DIRECTORY
+    #[arg(long, global = true, env = "PGSIDECAR_REPOSITORY", value_name = "URL", hide_env_values = true)]
+    pub repository: Option<String>,
+    /// Name of this database in the repository [default: NAMESPACE/WORKLOAD in Kubernetes, else main]
+    #[arg(long, global = true, env = "PGSIDECAR_CLUSTER", value_name = "NAME", hide_env_values = true)]
+    pub cluster: Option<String>,
+    /// PostgreSQL's data directory, on the volume shared with it
+    #[arg(long, global = true, env = "PGDATA", value_name = "DIR", hide_env_values = true)]
+    pub pgdata: Option<String>,
+    /// PostgreSQL's host, or the directory of its socket [default: 127.0.0.1]
+    #[arg(long, global = true, env = "PGHOST", value_name = "HOST", hide_env_values = true, hide_short_help = true)]
+    pub pghost: Option<String>,
+    /// PostgreSQL's port [default: 5432]
+    #[arg(long, global = true, env = "PGPORT", value_name = "PORT", hide_env_values = true, hide_short_help = true)]
+    pub pgport: Option<String>,
+    /// Role for backups; 'pgsidecar check --explain' prints the rights it needs [default: postgres]
+    #[arg(long, global = true, env = "PGUSER", value_name = "ROLE", hide_env_values = true, hide_short_help = true)]
+    pub pguser: Option<String>,
+    /// Database to connect to [default: postgres]
+    #[arg(
+        long,
+        global = true,
+        env = "PGDATABASE",
+        value_name = "NAME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub pgdatabase: Option<String>,
+    /// File with passwords, read anew for each connection; PGPASSWORD is honoured too [default: ~/.pgpass]
+    #[arg(
+        long,
+        global = true,
+        env = "PGPASSFILE",
+        value_name = "FILE",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub pgpassfile: Option<String>,
+    /// Endpoint of an S3-compatible store [default: AWS]
+    #[arg(
+        long,
+        global = true,
+        env = "AWS_ENDPOINT_URL_S3",
+        value_name = "URL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub s3_endpoint: Option<String>,
+    /// Region of the bucket [default: that of the AWS profile, else us-east-1]
+    #[arg(
+        long,
+        global = true,
+        env = "AWS_REGION",
+        value_name = "REGION",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub s3_region: Option<String>,
+    /// Put the bucket into the path instead of the host name: true or false [default: true with an endpoint]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_S3_PATH_STYLE",
+        value_name = "BOOL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub s3_path_style: Option<String>,
+    /// zstd level for WAL and backups, 1 to 19 [default: 1]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_COMPRESSION_LEVEL",
+        value_name = "LEVEL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub compression_level: Option<String>,
+    /// Threads that read and compress a base backup, or unpack a restore, 1 to 16 [default: 2]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_PARALLELISM",
+        value_name = "N",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub parallelism: Option<String>,
+    /// A part of a base backup ends with the file that brings it to this size, uncompressed, 1MB to 64GB [default: 1GB]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_PART_SIZE",
+        value_name = "SIZE",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub part_size: Option<String>,
+    /// How long a backup waits for its last WAL to be archived [default: 5min]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_BACKUP_WAL_TIMEOUT",
+        value_name = "TIME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub backup_wal_timeout: Option<String>,
+    /// Directory for WAL on its way to PostgreSQL, on a disk volume [default: pgsidecar-spool in the temporary directory]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_SPOOL",
+        value_name = "DIR",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub spool: Option<String>,
+    /// Where archive_command and restore_command reach the daemon: a loopback address [default: 127.0.0.1:7433]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_WAL_LISTEN",
+        value_name = "ADDRESS",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub wal_listen: Option<String>,
+    /// Where the kubelet's probes and Prometheus reach the daemon [default: 0.0.0.0:7434]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_HEALTH_LISTEN",
+        value_name = "ADDRESS",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub health_listen: Option<String>,
+    /// Unix socket where these commands reach the daemon [default: /run/pgsidecar/control.sock]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_CONTROL_SOCKET",
+        value_name = "PATH",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub control_socket: Option<String>,
+    /// Path of pgsidecar-wal for the restore_command of restored servers [default: pgsidecar-wal beside pgsidecar]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_HELPER",
+        value_name = "PATH",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub helper: Option<String>,
+    /// How long work that is under way may take after SIGTERM [default: 60s]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_DRAIN_TIMEOUT",
+        value_name = "TIME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub drain_timeout: Option<String>,
+    /// error, warn, info, debug or trace [default: info for the daemon, warn for commands]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_LOG",
+        value_name = "LEVEL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub log: Option<String>,
+    /// text or json [default: text]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_LOG_FORMAT",
+        value_name = "FORMAT",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub log_format: Option<String>,
+}
