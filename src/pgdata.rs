@@ -122,11 +122,6 @@ impl DataDirectory {
         self.wal().join(format!("archive_status/{name}.ready")).exists()
     }
 
-    /// Whether PostgreSQL has finished this file: it's to be archived, or has been.
-    pub fn is_complete(&self, name: &ArchiveFileName) -> bool {
-        self.is_ready(name) || self.wal().join(format!("archive_status/{name}.done")).exists()
-    }
-
     /// What PostgreSQL has marked as ready to be archived.
     ///
     /// # Errors

@@ -155,17 +155,12 @@ impl Archiver {
         under_way.insert(name, receiver.clone());
         drop(under_way);
         let path = pgdata.wal().join(name.to_string());
-        let (archiver, repository, pgdata, control) = (self.clone(), repository.clone(), pgdata.clone(), *control);
+        let (archiver, repository, control) = (self.clone(), repository.clone(), *control);
         tokio::spawn(async move {
             // A panic must not leave the name in the list for ever: every later request would wait for nothing.
             let work = tokio::spawn({
                 let archiver = archiver.clone();
                 async move {
-                    // The segment that PostgreSQL is writing to looks like any other, and would get other bytes later.
-                    if !pgdata.is_complete(&name) {
-                        return Err(Failure::new(Code::InvalidSegment, format!("PostgreSQL has not marked {name} as complete"))
-                            .hint("Nothing was stored. Only archive_command should ask for it; SELECT pg_switch_wal() completes the current segment."));
-                    }
                     let (file, size) = open(&path, &name)?;
                     archiver.archive(&repository, &control, name, Source::File(file, size)).await
                 }

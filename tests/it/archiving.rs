@@ -387,19 +387,6 @@ fn an_outage_with_a_store_that_is_silent_is_survived_and_told_pg15() {
 }
 
 #[test]
-fn the_segment_that_postgresql_is_writing_to_is_not_archived_pg15() {
-    let scratch = Scratch::new();
-    let repository = Repository::directory(&scratch);
-    let (postgres, sidecar) = archiving(&scratch, 15, &[], &repository);
-    let current = postgres.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
-    let (status, body) = sidecar.curl(&format!("/v1/wal/{current}/archive"), &["-X", "POST"]);
-    assert_eq!(status, 422, "{body}");
-    assert!(body.contains("has not marked"), "{body}");
-    postgres.switch_wal();
-    postgres.wait_until_archived();
-}
-
-#[test]
 fn a_file_is_not_acknowledged_to_another_server_that_has_one_of_that_name_pg15() {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
