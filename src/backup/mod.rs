@@ -20,7 +20,10 @@ pub mod walk;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -92,14 +95,14 @@ pub async fn create(
     if request.label.len() > MAX_LABEL_BYTES || request.label.chars().any(char::is_control) {
         return Err(Failure::new(Code::InvalidRequest, "the label is longer than 1,000 bytes or has a line break"));
     }
-    remove_remains(repository, &settings.instance).await;
+    let removed = remove_remains(repository, &settings.instance).await;
     let session = Session::connect(&settings.connection).await?;
     let control = pgdata.control()?;
     check_same_server(&session, &control, pgdata)?;
     repository.note_cluster(control.wal_segment_size).await?;
     histories::ship(repository, pgdata).await?;
 
-    let id = claim(repository, &settings.instance).await?;
+    let id = claim(repository, &settings.instance, removed).await?;
     tracing::info!(backup = %id, label = request.label, fast = request.fast, "base backup: waiting for the checkpoint");
     let taken =
         Taking { repository, pgdata, settings, request, id, control, progress: progress.clone() }.take(session).await;
@@ -292,16 +295,25 @@ fn check_same_server(session: &Session, control: &ControlFile, pgdata: &DataDire
     Ok(())
 }
 
-/// Claims an id: that of this second, or of one of the next if another took it.
-async fn claim(repository: &Repository, instance: &str) -> Result<BackupId, Failure> {
+/// The second of the last id that this process has claimed.
+static LAST_CLAIMED: AtomicI64 = AtomicI64::new(0);
+
+/// Claims an id: that of this second, or of one of the next if another took it. One that was there before and has been
+/// removed is never used again: stores and their caches may still know something under its keys.
+async fn claim(repository: &Repository, instance: &str, removed: Option<BackupId>) -> Result<BackupId, Failure> {
+    let used = removed.map_or(0, |id| id.began().as_second()).max(LAST_CLAIMED.load(Relaxed));
     let now = Timestamp::now();
-    let attempt = format!("{}-{}", std::process::id(), now.as_nanosecond());
+    let now = Timestamp::from_second(now.as_second().max(used + 1)).unwrap_or(now);
+    let attempt = format!("{}-{}", std::process::id(), Timestamp::now().as_nanosecond());
     for second in 0..CLAIM_TRIES {
         let began = Timestamp::from_second(now.as_second() + second).unwrap_or(now);
         let id = BackupId::new(began, BackupKind::Full);
         let claim = BackupClaim { id, instance: instance.to_owned(), attempt: attempt.clone() };
         match repository.store_json(&RepositoryObject::Backup(id, BackupObject::Started), &claim).await {
-            Ok(_) => return Ok(id),
+            Ok(_) => {
+                LAST_CLAIMED.store(began.as_second(), Relaxed);
+                return Ok(id);
+            }
             Err(failure) if failure.code == Code::Conflict => {}
             Err(failure) => return Err(failure),
         }
@@ -401,7 +413,8 @@ async fn check_parts(repository: &Repository, record: &BackupRecord) -> Result<(
 }
 
 /// Removes what killed backups of this pod have left. As far as it goes: it's tidying, nothing depends on it.
-async fn remove_remains(repository: &Repository, instance: &str) {
+/// Answers with the youngest that there was.
+async fn remove_remains(repository: &Repository, instance: &str) -> Option<BackupId> {
     let remains = async {
         let mut remains = Vec::new();
         for id in repository.backup_ids().await? {
@@ -416,12 +429,16 @@ async fn remove_remains(repository: &Repository, instance: &str) {
     };
     match remains.await {
         Ok(remains) => {
-            for id in remains {
+            for id in &remains {
                 tracing::info!(backup = %id, "removing the remains of a backup that was not completed");
-                remove(repository, id).await;
+                remove(repository, *id).await;
             }
+            remains.last().copied()
         }
-        Err(failure) => tracing::warn!(%failure, "could not look for remains of earlier backups"),
+        Err(failure) => {
+            tracing::warn!(%failure, "could not look for remains of earlier backups");
+            None
+        }
     }
 }
 
