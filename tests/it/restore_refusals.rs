@@ -203,7 +203,16 @@ fn a_damaged_backup_is_named_and_leaves_nothing_to_start_on_pg15() {
         || archive.refused(65, &["backup_manifest.zst", "missing"], &[]),
     );
     let record = directory.join("backup.json");
-    with(&record, |path| fs::write(path, "garbage").unwrap(), || archive.refused(65, &["backup.json", "damaged"], &[]));
+    // A record that can't be read hides its own backup, loudly, and no other.
+    let garbage = |path: &Path| fs::write(path, "garbage").unwrap();
+    with(&record, garbage, || {
+        let planned = archive.sidecar.cli(&["restore", "plan"]);
+        assert!(planned.status.success(), "{}", told(&planned));
+        let warned = String::from_utf8_lossy(&planned.stderr);
+        assert!(warned.contains("backup.json") && warned.contains("damaged"), "{warned}");
+        assert!(String::from_utf8_lossy(&planned.stdout).contains(&archive.backups[0]), "{}", told(&planned));
+        archive.sidecar.fails(65, &["restore", "plan", "--backup", &archive.backups[1]]);
+    });
 
     // All undone, it restores; and a directory that was there stays, empty, when a restore into it fails.
     let to = archive.scratch.dir("there");
