@@ -13,6 +13,7 @@ PIDS=()
 
 cleanup() {
     local status=$?
+    set +e # that a server ends by our signal is no failure
     [[ -d $WORK/data ]] && run pg_ctl -D "$WORK/data" -m immediate stop >/dev/null 2>&1
     [[ -d $WORK/restored ]] && run pg_ctl -D "$WORK/restored" -m immediate stop >/dev/null 2>&1
     for pid in "${PIDS[@]}"; do kill "$pid" 2>/dev/null && wait "$pid" 2>/dev/null; done
