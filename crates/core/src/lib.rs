@@ -19,6 +19,7 @@ pub mod recovery;
 pub mod settings;
 mod wal;
 mod wal_header;
+mod wal_pages;
 
 pub use archive_file::{ArchiveFileName, ParseArchiveFileNameError};
 pub use backup::{BackupId, BackupKind, BackupRecord};
@@ -32,3 +33,4 @@ pub use lsn::{Lsn, ParseLsnError};
 pub use settings::ClusterName;
 pub use wal::{SegmentName, WalSegmentSize};
 pub use wal_header::{SegmentMismatch, WalHeader, WalHeaderError, check_segment};
+pub use wal_pages::{Completeness, PageScan};

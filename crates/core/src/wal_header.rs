@@ -9,7 +9,7 @@
 use crate::{Lsn, SegmentName, SystemIdentifier, TimelineId, WalSegmentSize, le};
 
 /// `XLP_LONG_HEADER`: the page is the first of its segment and tells where it belongs.
-const LONG_HEADER: u16 = 0x0002;
+pub(crate) const LONG_HEADER: u16 = 0x0002;
 
 /// What the first page of a segment says about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
