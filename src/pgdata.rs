@@ -1,13 +1,14 @@
 //! PostgreSQL's data directory on the shared volume, read-only.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
-use pgsidecar_core::{ArchiveFileName, ControlFile};
+use pgsidecar_core::{ArchiveFileName, ControlFile, TimelineId};
 
 use crate::failure::{Code, Failure};
 
@@ -31,6 +32,47 @@ pub struct Backlog {
     pub files: u64,
     /// Age of the oldest.
     pub oldest: Option<Duration>,
+}
+
+/// What tells a file from another that comes to lie under its name, and from itself once it is written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileStamp {
+    /// In bytes.
+    pub size: u64,
+    device: u64,
+    inode: u64,
+    modified: (i64, i64),
+}
+
+impl FileStamp {
+    /// The stamp of the file with this metadata.
+    pub fn of(meta: &fs::Metadata) -> FileStamp {
+        let modified = (meta.mtime(), meta.mtime_nsec());
+        FileStamp { size: meta.len(), device: meta.dev(), inode: meta.ino(), modified }
+    }
+}
+
+/// What `postmaster.pid` tells of the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServerState {
+    /// There is no such file: it was never started, or has stopped in order.
+    Gone,
+    /// It's on its way down.
+    Stopping,
+    /// It runs, or was killed. With the port at which it listens on 127.0.0.1, if it does.
+    Running(Option<u16>),
+}
+
+impl ServerState {
+    /// Source: `src/include/utils/pidfile.h`. Line 4 is the port, 6 the first listen address, 8 the state.
+    fn parse(pid_file: &str) -> ServerState {
+        let line = |number: usize| pid_file.lines().nth(number - 1).unwrap_or_default().trim();
+        if line(8) == "stopping" {
+            return ServerState::Stopping;
+        }
+        let loopback = matches!(line(6), "*" | "localhost" | "127.0.0.1" | "0.0.0.0");
+        ServerState::Running(line(4).parse().ok().filter(|_| loopback))
+    }
 }
 
 impl DataDirectory {
@@ -117,9 +159,61 @@ impl DataDirectory {
         self.control_bytes().map(|(_, control)| control)
     }
 
+    /// Whether the server runs. A server that was killed leaves a `postmaster.pid` that says it does.
+    ///
+    /// # Errors
+    /// If the file can't be read.
+    pub fn server(&self) -> io::Result<ServerState> {
+        match fs::read_to_string(self.path.join("postmaster.pid")) {
+            Ok(pid_file) => Ok(ServerState::parse(&pid_file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(ServerState::Gone),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Whether PostgreSQL waits to have this file archived.
     pub fn is_ready(&self, name: &ArchiveFileName) -> bool {
         self.wal().join(format!("archive_status/{name}.ready")).exists()
+    }
+
+    /// Whether PostgreSQL has marked this file as finished, archived or not.
+    pub fn is_finished(&self, name: &ArchiveFileName) -> bool {
+        // In this order: the mark is renamed from `.ready` to `.done`.
+        self.is_ready(name) || self.wal().join(format!("archive_status/{name}.done")).exists()
+    }
+
+    /// The files that PostgreSQL waits to have archived, in its order: timeline histories first, then by name. At
+    /// most `limit` of them.
+    ///
+    /// # Errors
+    /// If `archive_status` can't be read.
+    pub fn ready_files(&self, limit: usize) -> io::Result<Vec<ArchiveFileName>> {
+        let mut ready = BTreeSet::new();
+        for entry in fs::read_dir(self.wal().join("archive_status"))? {
+            let name = entry?.file_name();
+            let Some(Ok(name)) = name.to_str().and_then(|name| name.strip_suffix(".ready")).map(str::parse) else {
+                continue;
+            };
+            ready.insert((!matches!(name, ArchiveFileName::History(_)), name.to_string(), name));
+            if ready.len() > limit {
+                ready.pop_last();
+            }
+        }
+        Ok(ready.into_iter().map(|(_, _, name)| name).collect())
+    }
+
+    /// The timelines whose histories lie in pg_wal.
+    ///
+    /// # Errors
+    /// If pg_wal can't be read.
+    pub fn histories(&self) -> io::Result<Vec<TimelineId>> {
+        let mut timelines = Vec::new();
+        for entry in fs::read_dir(self.wal())? {
+            if let Some(Ok(ArchiveFileName::History(timeline))) = entry?.file_name().to_str().map(str::parse) {
+                timelines.push(timeline);
+            }
+        }
+        Ok(timelines)
     }
 
     /// What PostgreSQL has marked as ready to be archived.
@@ -143,5 +237,23 @@ impl DataDirectory {
             backlog.oldest = backlog.oldest.max(age);
         }
         Ok(backlog)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_of_a_server_is_read_from_its_pid_file() {
+        let file = |address: &str, state: &str| {
+            ServerState::parse(&format!("71\n/data\n1763714000\n5433\n/tmp\n{address}\n  12 34\n{state}\n"))
+        };
+        assert_eq!(file("*", "ready   "), ServerState::Running(Some(5433)));
+        assert_eq!(file("localhost", "standby "), ServerState::Running(Some(5433)));
+        assert_eq!(file("", "starting"), ServerState::Running(None));
+        assert_eq!(file("10.0.0.7", "ready   "), ServerState::Running(None));
+        assert_eq!(file("*", "stopping"), ServerState::Stopping);
+        assert_eq!(ServerState::parse(""), ServerState::Running(None));
     }
 }

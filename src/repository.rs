@@ -24,7 +24,7 @@ use crate::{
 
 /// Compressed content up to this size is sent in one request, whose bytes are held in memory: a segment of the
 /// usual 16 MB, however badly it compresses.
-const SINGLE_REQUEST_BYTES: usize = 17 << 20;
+pub const SINGLE_REQUEST_BYTES: usize = 17 << 20;
 /// What a buffer for one request has at first.
 const SMALL_BUFFER_BYTES: usize = 512 << 10;
 /// The largest small object (records, histories) that is read into memory.
@@ -184,6 +184,25 @@ impl Repository {
         let compressed = compressed.ok_or_else(|| Failure::internal("an upload without content"))?;
         let stored = self.settle(key, name, creation, &compressed.plain).await?;
         Ok((stored, compressed))
+    }
+
+    /// Stores compressed bytes with the identity of the plain ones under a key, unless other content is there.
+    /// `name` is for messages.
+    ///
+    /// # Errors
+    /// The store's, or [`Code::Conflict`].
+    ///
+    /// # Cancellation
+    /// A dropped call leaves nothing visible, or the whole object.
+    pub async fn store_compressed(
+        &self,
+        key: &ObjectKey,
+        name: &str,
+        bytes: Vec<u8>,
+        plain: &ContentId,
+    ) -> Result<Stored, Failure> {
+        let creation = self.store.create(key, Bytes::from(bytes), Some(plain)).await?;
+        self.settle(key, name, creation, plain).await
     }
 
     /// Tells a repeated creation from a conflict.

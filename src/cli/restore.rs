@@ -135,7 +135,7 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             let plan = restore::plan(&repository, request).await?;
             let restore_command = match &args.restore_command {
                 Some(command) => command.clone(),
-                None => default_restore_command(&work.helper, settings.process.wal_listen, &repository)?,
+                None => default_restore_command(&work.helper, settings.process.wal_listen, &repository, &plan)?,
             };
             let options = RestoreOptions {
                 to: args.to.clone(),
@@ -191,6 +191,7 @@ fn default_restore_command(
     helper: &std::path::Path,
     address: SocketAddr,
     repository: &Repository,
+    plan: &RestorePlan,
 ) -> Result<String, Failure> {
     let helper = helper.display().to_string();
     // PostgreSQL hands it to a shell, after replacing %; quoting everything that is special there isn't worth it.
@@ -201,8 +202,10 @@ fn default_restore_command(
         )
         .hint("Choose another place for it, or give the whole command with --restore-command."));
     }
+    // Everything that there is: also the end of the WAL that a stopped server had, and that is in no whole segment.
+    let tail = if plan.target == RecoveryTarget::Latest { " --tail" } else { "" };
     Ok(format!(
-        "\"{helper}\" --address {address} restore --system-identifier {} %f \"%p\"",
+        "\"{helper}\" --address {address} restore{tail} --system-identifier {} %f \"%p\"",
         repository.layout().system()
     ))
 }

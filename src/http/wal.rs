@@ -6,21 +6,28 @@
 //!                                ?system-identifier=N&inode=I  refused unless it's that server's file
 //! GET  /v1/wal/{name}            the file; 404 not_in_archive only when the store said so
 //!                                ?system-identifier=N  of another database system of this cluster name
+//!                                &directory=INODE  may be left in pg_wal, if that is this directory, under the name
+//!                                in the header Pgsidecar-File
+//!                                &tail=yes  the end of a stopped server's WAL will do, where the segment isn't there
 //! GET  /v1/status                state, problems, backlog, last backup and job
 //! ```
 
-use std::{io::Read, sync::Arc, time::Duration};
+use std::{io, os::unix::fs::FileExt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
-use hyper::{Method, Request, StatusCode, body::Incoming, header};
+use hyper::{
+    Method, Request, StatusCode,
+    body::Incoming,
+    header::{self, HeaderValue},
+};
 use pgsidecar_core::{ArchiveFileName, SystemIdentifier};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::{Answer, json, no_such_route, streamed};
+use super::{Answer, bytes, json, no_such_route, streamed};
 use crate::{
-    codec::{CHANNEL_CHUNKS, CHUNK, ChannelReader},
+    codec::{CHUNK, ChannelReader},
     daemon::App,
     failure::{Code, Failure},
     repository::Stored,
@@ -28,6 +35,12 @@ use crate::{
 
 /// How long a client may send nothing of a body that is waited for: it occupies one of the archiver's few places.
 const BODY_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a client may take none of a file that it has asked for.
+const TAKING_PATIENCE: Duration = Duration::from_secs(60);
+const OCTETS: &str = "application/octet-stream";
+/// Under which name the file lies in pg_wal; the helper renames it.
+const FILE_HEADER: &str = "pgsidecar-file";
 
 #[derive(Serialize)]
 struct Archived {
@@ -130,32 +143,80 @@ async fn archive_body(app: &Arc<App>, name: ArchiveFileName, request: Request<In
 }
 
 async fn fetch(app: &Arc<App>, name: ArchiveFileName, query: Option<&str>) -> Result<Answer, Failure> {
-    let system = query.map(parse_query).transpose()?;
-    let mut file = app.fetch(name, system).await?;
-    let length = file.as_file().metadata().map_err(|error| Failure::io("reading the spool", &error))?.len();
-    let (sender, chunks) = mpsc::channel(CHANNEL_CHUNKS);
-    tokio::task::spawn_blocking(move || {
-        if let Err(error) = std::io::Seek::rewind(file.as_file_mut()) {
-            let _ = sender.blocking_send(Err(error));
-            return;
-        }
-        loop {
-            let mut chunk = Vec::with_capacity(CHUNK);
-            let read = file.as_file_mut().take(CHUNK as u64).read_to_end(&mut chunk);
-            let sent = match read {
-                Ok(0) => return,
-                Ok(_) => sender.blocking_send(Ok(Bytes::from(chunk))),
-                Err(error) => {
-                    let _ = sender.blocking_send(Err(error));
-                    return;
-                }
-            };
-            if sent.is_err() {
-                return;
+    let wanted = query.map(Wanted::parse).transpose()?.unwrap_or_default();
+    let (spooled, spool) = app.fetch(name, wanted.system, wanted.tail).await?;
+    if let Some(file) = wanted.directory.and_then(|inode| spool.hand_over(&spooled, inode)) {
+        let mut answer = bytes(StatusCode::OK, OCTETS, Bytes::new());
+        let value = HeaderValue::from_str(&file).map_err(Failure::internal)?;
+        answer.headers_mut().insert(FILE_HEADER, value);
+        return Ok(answer);
+    }
+    let unreadable = |error| Failure::io("reading the spool", &error);
+    let length = spooled.file.metadata().map_err(unreadable)?.len();
+    let (sender, chunks) = mpsc::channel(1);
+    // No thread is held while the client takes its time, and no file for longer than the client may take.
+    tokio::spawn(async move {
+        let file = Arc::new(spooled.file);
+        let mut position = 0;
+        while position < length {
+            let reading = file.clone();
+            let read = tokio::task::spawn_blocking(move || read_chunk(&reading, position)).await;
+            let chunk = read.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+            position += chunk.as_ref().map_or(length, |chunk| chunk.len() as u64);
+            match tokio::time::timeout(TAKING_PATIENCE, sender.send(chunk)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return,
             }
         }
     });
-    Ok(streamed("application/octet-stream", Some(length), chunks))
+    Ok(streamed(OCTETS, Some(length), chunks))
+}
+
+fn read_chunk(file: &std::fs::File, position: u64) -> io::Result<Bytes> {
+    let mut chunk = vec![0; CHUNK];
+    let read = file.read_at(&mut chunk, position)?;
+    if read == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    chunk.truncate(read);
+    Ok(Bytes::from(chunk))
+}
+
+/// What a request for a file says about how it's wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Wanted {
+    /// Of which database system; the daemon's own if it isn't said.
+    system: Option<SystemIdentifier>,
+    /// The inode of the directory in which the file may be left, instead of sending it.
+    directory: Option<u64>,
+    /// Whether the end of a stopped server's WAL will do.
+    tail: bool,
+}
+
+impl Wanted {
+    fn parse(query: &str) -> Result<Wanted, Failure> {
+        let mut wanted = Wanted::default();
+        for pair in query.split('&') {
+            let understood = match pair.split_once('=') {
+                Some(("system-identifier", number)) => {
+                    number.parse().map(|system| wanted.system = Some(system)).is_ok()
+                }
+                Some(("directory", inode)) => inode.parse().map(|inode| wanted.directory = Some(inode)).is_ok(),
+                Some(("tail", "yes")) => {
+                    wanted.tail = true;
+                    true
+                }
+                _ => false,
+            };
+            if !understood {
+                return Err(Failure::new(
+                    Code::InvalidRequest,
+                    format!("{pair:?} is none of system-identifier=NUMBER, directory=INODE, tail=yes"),
+                ));
+            }
+        }
+        Ok(wanted)
+    }
 }
 
 /// Which server asks to have a file of pg_wal archived, as the helper tells.
@@ -177,11 +238,4 @@ impl Asker {
             Failure::new(Code::InvalidRequest, format!("{query:?} is not system-identifier=NUMBER&inode=NUMBER"))
         })
     }
-}
-
-fn parse_query(query: &str) -> Result<SystemIdentifier, Failure> {
-    query
-        .strip_prefix("system-identifier=")
-        .and_then(|number| number.parse().ok())
-        .ok_or_else(|| Failure::new(Code::InvalidRequest, format!("{query:?} is not system-identifier=NUMBER")))
 }

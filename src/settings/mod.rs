@@ -44,8 +44,10 @@ pub struct ProcessSettings {
     pub health_listen: SocketAddr,
     /// Where the command-line tool reaches it.
     pub control_socket: PathBuf,
-    /// How long work under way may take after the first signal.
+    /// How long everything may take after the first signal.
     pub drain_timeout: Duration,
+    /// How long after the first signal PostgreSQL may take to begin to stop, too.
+    pub server_stop_wait: Duration,
 }
 
 /// What the work needs.
@@ -71,8 +73,8 @@ pub struct WorkSettings {
     pub part_size: u64,
     /// How long a backup waits for its last WAL.
     pub backup_wal_timeout: Duration,
-    /// Where WAL lies on its way to PostgreSQL.
-    pub spool: PathBuf,
+    /// Where WAL lies on its way to PostgreSQL, if not in pg_wal.
+    pub spool: Option<PathBuf>,
     /// `pgsidecar-wal` as PostgreSQL sees it.
     pub helper: PathBuf,
 }
@@ -261,6 +263,12 @@ fn resolve_process(resolver: &mut Resolver, raw: &RawSettings) -> ProcessSetting
             Duration::from_secs(60),
             parse_duration,
         ),
+        server_stop_wait: resolver.value(
+            "PGSIDECAR_SERVER_STOP_WAIT",
+            raw.server_stop_wait.as_ref(),
+            Duration::from_secs(10),
+            parse_duration,
+        ),
     }
 }
 
@@ -336,12 +344,7 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             Duration::from_secs(300),
             parse_duration,
         ),
-        spool: resolver.value(
-            "PGSIDECAR_SPOOL",
-            raw.spool.as_ref(),
-            std::env::temp_dir().join("pgsidecar-spool"),
-            absolute,
-        ),
+        spool: resolver.value("PGSIDECAR_SPOOL", raw.spool.as_ref(), None, |text| absolute(text).map(Some)),
         helper: resolver.value("PGSIDECAR_HELPER", raw.helper.as_ref(), default_helper(), absolute),
         repository: repository?,
         cluster: cluster?,

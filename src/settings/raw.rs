@@ -114,7 +114,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub backup_wal_timeout: Option<String>,
-    /// Directory for WAL on its way to PostgreSQL, on a disk volume [default: pgsidecar-spool in the temporary directory]
+    /// Directory for WAL on its way to PostgreSQL, on a disk volume [default: pg_wal itself]
     #[arg(
         long,
         global = true,
@@ -164,7 +164,7 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub helper: Option<String>,
-    /// How long work that is under way may take after SIGTERM [default: 60s]
+    /// How long everything may take after SIGTERM [default: 60s]
     #[arg(
         long,
         global = true,
@@ -174,6 +174,16 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub drain_timeout: Option<String>,
+    /// How long PostgreSQL may take after that to begin to stop as well [default: 10s]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_SERVER_STOP_WAIT",
+        value_name = "TIME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub server_stop_wait: Option<String>,
     /// error, warn, info, debug or trace [default: info for the daemon, warn for commands]
     #[arg(
         long,

@@ -1,103 +1,74 @@
-//! WAL to the repository: one file at a time, checked, durable before it's acknowledged.
+//! WAL to the repository: each file checked, and durable before it's acknowledged.
 //!
 //! Guarantees: a success means that the identical bytes are in the repository and that the store has acknowledged
 //! them (I1). A name that has other content is refused (I2). The same request while the first is under way waits for
-//! it; a caller that goes away doesn't stop the upload, so that its next try finds it done.
+//! it; a caller that goes away doesn't stop the upload, so that its next try finds it done. What was archived in this
+//! daemon's time is remembered by its stamp, and asking for it again costs no request to the store.
+//!
+//! A segment is taken only once PostgreSQL has marked it, and under its own name only if all of it is there: what a
+//! standby received in part is kept as `.partial` is, under a key with its hash, and acknowledged. Refusing it would
+//! hold up everything behind it, and under its own name it would stand in the way of the complete segment.
 //!
 //! `archive_status` is never touched: PostgreSQL asks again for what it hasn't marked, and that costs little.
 
 use std::{
-    collections::HashMap,
-    fs::File,
-    io::{self, Read, Write},
-    os::unix::fs::OpenOptionsExt,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    collections::{BTreeMap, HashMap},
+    fs::{self, File},
+    io::{self, Read, Seek, Write},
+    path::PathBuf,
+    sync::{Arc, Mutex},
 };
 
-use jiff::Timestamp;
-use pgsidecar_core::{ArchiveFileName, ControlFile, ObjectKey, TimelineHistory, WalHeader, check_segment};
-use serde::Serialize;
-use tokio::sync::{Semaphore, watch};
+use pgsidecar_core::{ArchiveFileName, Completeness, SegmentName};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
+use super::{
+    Origin,
+    check::{self, Check, Trouble},
+    statistics::{ArchiveStatistics, Counters},
+};
 use crate::{
-    codec::{self, CHUNK, ChannelReader, HashingWriter},
+    codec::{self, ChannelReader, HashingWriter},
     failure::{Code, Failure},
-    histories::MAX_HISTORY_BYTES,
-    pgdata::DataDirectory,
-    repository::{Repository, Stored},
+    pgdata::FileStamp,
+    repository::{Repository, SINGLE_REQUEST_BYTES, Stored},
 };
 
-/// How many files are read and compressed at a time. Each can hold a compressed segment of the usual size in memory.
-const CONCURRENCY: usize = 2;
+/// How many files are read and compressed at a time.
+const COMPRESSORS: usize = 2;
+/// How many request bodies are taken at a time. Their pace is the client's.
+const BODIES: usize = 2;
+/// What files under way may take together in MiB. While it's compressed a file takes as much as it may come to,
+/// while it's sent what it came to.
+const MEMORY_MIB: u32 = 56;
+/// What a file takes that is too large for one request, whatever its size: a buffer and the parts under way.
+const LARGE_FILE_MIB: u32 = 28;
+/// Archived files that are remembered.
+const REMEMBERED: usize = 10_000;
 
 /// What the outcome of a request is, for everyone who waits for it.
-type Outcome = Result<Stored, Failure>;
+pub type Outcome = Result<Stored, Failure>;
 
 /// Ships WAL files, each once at a time.
 pub struct Archiver {
     under_way: Mutex<HashMap<ArchiveFileName, watch::Receiver<Option<Outcome>>>>,
-    permits: Semaphore,
+    archived: Mutex<BTreeMap<ArchiveFileName, (PathBuf, FileStamp)>>,
+    compressors: Semaphore,
+    bodies: Semaphore,
+    memory: Semaphore,
     counters: Counters,
-}
-
-/// What the archiver has done since the start.
-#[derive(Default)]
-struct Counters {
-    archived: AtomicU64,
-    failed: AtomicU64,
-    conflicts: AtomicU64,
-    last: Mutex<Last>,
-}
-
-/// The last success and the last failure.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Last {
-    /// What was acknowledged last.
-    pub last_archived: Option<LastArchived>,
-    /// The request that failed last. `None` once one has succeeded since.
-    pub last_failure: Option<LastFailure>,
-}
-
-/// A file that was acknowledged.
-#[derive(Clone, Debug, Serialize)]
-pub struct LastArchived {
-    /// Its name.
-    pub file: ArchiveFileName,
-    /// When.
-    pub at: Timestamp,
-}
-
-/// A request that failed.
-#[derive(Clone, Debug, Serialize)]
-pub struct LastFailure {
-    /// The file's name.
-    pub file: ArchiveFileName,
-    /// When.
-    pub at: Timestamp,
-    /// Why.
-    pub reason: Failure,
-}
-
-/// A snapshot of the counters.
-#[derive(Clone, Debug, Serialize)]
-pub struct ArchiveStatistics {
-    /// Files acknowledged.
-    pub archived_files: u64,
-    /// Requests that failed, conflicts included.
-    pub failures: u64,
-    /// Requests refused because other content is there.
-    pub conflicts: u64,
-    /// The last ones.
-    #[serde(flatten)]
-    pub last: Last,
 }
 
 impl Default for Archiver {
     fn default() -> Archiver {
-        Archiver { under_way: Mutex::default(), permits: Semaphore::new(CONCURRENCY), counters: Counters::default() }
+        Archiver {
+            under_way: Mutex::default(),
+            archived: Mutex::default(),
+            compressors: Semaphore::new(COMPRESSORS),
+            bodies: Semaphore::new(BODIES),
+            memory: Semaphore::new(MEMORY_MIB as usize),
+            counters: Counters::default(),
+        }
     }
 }
 
@@ -111,27 +82,31 @@ enum Source {
 impl Archiver {
     /// What has been done so far.
     pub fn statistics(&self) -> ArchiveStatistics {
-        let counters = &self.counters;
-        ArchiveStatistics {
-            archived_files: counters.archived.load(Relaxed),
-            failures: counters.failed.load(Relaxed),
-            conflicts: counters.conflicts.load(Relaxed),
-            last: counters.last.lock().map(|last| last.clone()).unwrap_or_default(),
-        }
+        self.counters.snapshot()
+    }
+
+    /// Counts and tells a request that failed before it came here.
+    pub fn note_failure(&self, name: ArchiveFileName, failure: &Failure) {
+        self.counters.note_failure(name, failure);
+    }
+
+    /// Whether the file that lies in pg_wal under this name was archived in this daemon's time.
+    pub fn is_archived(&self, origin: &Origin, name: ArchiveFileName) -> bool {
+        let path = origin.pgdata.wal().join(name.to_string());
+        let Ok(meta) = fs::symlink_metadata(&path) else { return false };
+        let archived = self.archived.lock();
+        archived.is_ok_and(|archived| archived.get(&name) == Some(&(path, FileStamp::of(&meta))))
     }
 
     /// Archives the file of this name in pg_wal. Goes on when the caller goes away.
     ///
     /// # Errors
     /// Why it isn't in the repository.
-    pub async fn archive_file(
-        self: &Arc<Self>,
-        repository: &Repository,
-        pgdata: &DataDirectory,
-        control: &ControlFile,
-        name: ArchiveFileName,
-    ) -> Outcome {
-        let mut outcome = self.start_or_join(repository, pgdata, control, name)?;
+    pub async fn archive_file(self: &Arc<Self>, origin: &Origin, name: ArchiveFileName) -> Outcome {
+        if self.is_archived(origin, name) {
+            return Ok(Stored::Already);
+        }
+        let mut outcome = self.start_or_join(origin, name)?;
         let done = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
         match done {
             Ok(Some(outcome)) => outcome,
@@ -141,9 +116,7 @@ impl Archiver {
 
     fn start_or_join(
         self: &Arc<Self>,
-        repository: &Repository,
-        pgdata: &DataDirectory,
-        control: &ControlFile,
+        origin: &Origin,
         name: ArchiveFileName,
     ) -> Result<watch::Receiver<Option<Outcome>>, Failure> {
         let poisoned = |_| Failure::internal("the list of uploads is unusable");
@@ -154,16 +127,12 @@ impl Archiver {
         let (sender, receiver) = watch::channel(None);
         under_way.insert(name, receiver.clone());
         drop(under_way);
-        let path = pgdata.wal().join(name.to_string());
-        let (archiver, repository, control) = (self.clone(), repository.clone(), *control);
+        let (archiver, origin) = (self.clone(), origin.clone());
         tokio::spawn(async move {
             // A panic must not leave the name in the list for ever: every later request would wait for nothing.
             let work = tokio::spawn({
                 let archiver = archiver.clone();
-                async move {
-                    let (file, size) = open(&path, &name)?;
-                    archiver.archive(&repository, &control, name, Source::File(file, size)).await
-                }
+                async move { archiver.archive_from_pg_wal(&origin, name).await }
             });
             let outcome = work.await.unwrap_or_else(|panic| Err(panic.into()));
             archiver.note(name, &outcome);
@@ -175,65 +144,66 @@ impl Archiver {
         Ok(receiver)
     }
 
+    async fn archive_from_pg_wal(&self, origin: &Origin, name: ArchiveFileName) -> Outcome {
+        let path = origin.pgdata.wal().join(name.to_string());
+        let (file, stamp) = match check::open(&path, &name) {
+            Ok(opened) => opened,
+            // A daemon or a server that was killed can leave the question behind when the file is gone.
+            Err(failure) if failure.code == Code::NotFound => return self.gone(origin, name, failure).await,
+            Err(failure) => return Err(failure),
+        };
+        check_marked(origin, name)?;
+        let stored = self.archive(origin, name, Source::File(file, stamp.size)).await?;
+        // What was written to meanwhile is stored as it was; only its identity isn't known any more.
+        let unchanged = fs::symlink_metadata(&path).is_ok_and(|meta| FileStamp::of(&meta) == stamp);
+        if unchanged && let Ok(mut archived) = self.archived.lock() {
+            archived.insert(name, (path, stamp));
+            while archived.len() > REMEMBERED {
+                archived.pop_first();
+            }
+        }
+        Ok(stored)
+    }
+
+    /// A file that PostgreSQL asks for and that isn't in pg_wal: nothing is lost if the repository has it.
+    async fn gone(&self, origin: &Origin, name: ArchiveFileName, failure: Failure) -> Outcome {
+        let repository = &origin.repository;
+        let known = match name {
+            ArchiveFileName::Partial(_) => None,
+            _ => repository.store().head(&repository.layout().wal(&name)).await?,
+        };
+        known.map(|_| Stored::Already).ok_or(failure)
+    }
+
     /// Archives a request's body. A body that breaks off leaves nothing.
     ///
     /// # Errors
     /// Why it isn't in the repository.
     pub async fn archive_body(
         &self,
-        repository: &Repository,
-        control: &ControlFile,
+        origin: &Origin,
         name: ArchiveFileName,
         body: ChannelReader,
         length: Option<u64>,
     ) -> Outcome {
-        let outcome = self.archive(repository, control, name, Source::Body(body, length)).await;
+        let archived = async {
+            check_marked(origin, name)?;
+            self.archive(origin, name, Source::Body(body, length)).await
+        };
+        let outcome = archived.await;
         self.note(name, &outcome);
         outcome
     }
 
     fn note(&self, name: ArchiveFileName, outcome: &Outcome) {
         match outcome {
-            Ok(_) => self.note_success(name),
-            Err(failure) => self.note_failure(name, failure),
+            Ok(_) => self.counters.note_success(name),
+            Err(failure) => self.counters.note_failure(name, failure),
         }
     }
 
-    fn note_success(&self, name: ArchiveFileName) {
-        let counters = &self.counters;
-        let Ok(mut last) = counters.last.lock() else { return };
-        counters.archived.fetch_add(1, Relaxed);
-        last.last_archived = Some(LastArchived { file: name, at: Timestamp::now() });
-        if last.last_failure.take().is_some() {
-            tracing::info!(file = %name, "archiving works again");
-        }
-    }
-
-    /// Counts and tells a request that failed.
-    pub fn note_failure(&self, name: ArchiveFileName, failure: &Failure) {
-        let counters = &self.counters;
-        let Ok(mut last) = counters.last.lock() else { return };
-        counters.failed.fetch_add(1, Relaxed);
-        if failure.code == Code::Conflict {
-            counters.conflicts.fetch_add(1, Relaxed);
-        }
-        // PostgreSQL asks every second or so: the same failure is told once.
-        let known = last.last_failure.as_ref().is_some_and(|known| known.reason.message == failure.message);
-        if !known {
-            tracing::error!(file = %name, hint = failure.hint, "archiving failed: {failure}");
-        }
-        last.last_failure = Some(LastFailure { file: name, at: Timestamp::now(), reason: failure.clone() });
-    }
-
-    async fn archive(
-        &self,
-        repository: &Repository,
-        control: &ControlFile,
-        name: ArchiveFileName,
-        source: Source,
-    ) -> Outcome {
-        let _permit = self.permits.acquire().await.map_err(Failure::internal)?;
-        let check = Check { name, control: *control };
+    async fn archive(&self, origin: &Origin, name: ArchiveFileName, source: Source) -> Outcome {
+        let check = Check { name, control: origin.control };
         let announced = match &source {
             Source::File(_, size) => Some(*size),
             Source::Body(_, length) => *length,
@@ -241,49 +211,40 @@ impl Archiver {
         if let Some(size) = announced {
             check.size(size)?;
         }
-        let why = match &source {
-            Source::Body(body, _) => Some(body.failure()),
-            Source::File(..) => None,
+        let memory = self.memory.acquire_many(memory_for(&check)).await.map_err(Failure::internal)?;
+        let turn = match &source {
+            Source::File(..) => self.compressors.acquire().await,
+            Source::Body(..) => self.bodies.acquire().await,
         };
-        let text = name.to_string();
-        let copy = move |out: &mut dyn Write| {
-            let mut reader: Box<dyn Read> = match source {
-                Source::File(file, size) => Box::new(file.take(size)),
-                Source::Body(body, _) => Box::new(body),
-            };
-            check.copy(&mut reader, out).map_err(|trouble| match trouble {
-                Trouble::Refused(failure) => failure,
-                Trouble::Read(error) => match &why {
-                    Some(why) => why.or_io("reading the request's body", &error),
-                    None => Failure::io(format!("reading {text}"), &error),
-                },
-            })
-        };
+        let turn = turn.map_err(Failure::internal)?;
+        let repository = &origin.repository;
         let stored = match name {
-            ArchiveFileName::Segment(_) | ArchiveFileName::BackupHistory { .. } | ArchiveFileName::History(_) => {
-                let stream = codec::compress(repository.level(), copy);
-                repository.store_stream(&repository.layout().wal(&name), &name.to_string(), stream).await?.0
-            }
             ArchiveFileName::Partial(segment) => {
-                // Its key carries its hash, so it has to be read before the key is known. It happens at a promotion.
-                let spooled = tokio::task::spawn_blocking(move || {
-                    let mut file = HashingWriter::new(
-                        tempfile::tempfile().map_err(|error| Failure::io("creating a temporary file", &error))?,
-                    );
-                    copy(&mut file)?;
-                    let (mut file, content) = file.finish();
-                    io::Seek::rewind(&mut file).map_err(|error| Failure::io("reading a temporary file", &error))?;
-                    Ok::<_, Failure>((file, content))
-                });
-                let (mut file, content) = spooled.await??;
-                let key: ObjectKey = repository.layout().partial(segment, &content.sha256);
-                let stream = codec::compress(repository.level(), move |out| {
-                    io::copy(&mut file, out)
-                        .map(|_| ())
-                        .map_err(|error| Failure::io("reading a temporary file", &error))
-                });
-                repository.store_stream(&key, &name.to_string(), stream).await?.0
+                store_partial(repository, &check, segment, spooled(&check, source).await?).await?
             }
+            ArchiveFileName::Segment(segment) if !is_vouched_for(origin, segment)? => {
+                let mut file = spooled(&check, source).await?;
+                let (mut file, completeness) = tokio::task::spawn_blocking(move || {
+                    let completeness = check.completeness(&mut file)?;
+                    Ok::<_, Failure>((file, completeness))
+                })
+                .await??;
+                match completeness {
+                    Completeness::Complete => {
+                        let size = file.seek(io::SeekFrom::End(0)).and_then(|size| file.rewind().map(|()| size));
+                        let size = size.map_err(|error| Failure::io(format!("reading {name}"), &error))?;
+                        store_whole(repository, &check, Source::File(file, size), turn, memory).await?
+                    }
+                    Completeness::Incomplete { page } => {
+                        tracing::warn!(
+                            file = %name, %page,
+                            "kept as a partial segment: its WAL ends at this page, so that the complete one must come from the server that wrote it"
+                        );
+                        store_partial(repository, &check, segment, file).await?
+                    }
+                }
+            }
+            _ => store_whole(repository, &check, source, turn, memory).await?,
         };
         if stored == Stored::New {
             tracing::info!(file = %name, "archived");
@@ -294,126 +255,113 @@ impl Archiver {
     }
 }
 
-fn open(path: &std::path::Path, name: &ArchiveFileName) -> Result<(File, u64), Failure> {
-    // A name that has been parsed can't leave the directory; a link in it could.
-    let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
-    let opened = File::options().read(true).custom_flags(no_follow).open(path).and_then(|file| {
-        let meta = file.metadata()?;
-        if meta.is_file() { Ok((file, meta.len())) } else { Err(io::Error::other("not a regular file")) }
-    });
-    opened.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => {
-            Failure::new(Code::NotFound, format!("{name} is not in pg_wal ({})", path.display()))
-                .hint("PGDATA of the sidecar must be the data directory of the server that asks.")
-        }
-        _ => Failure::io(format!("opening {}", path.display()), &error),
-    })
-}
-
-/// Why a file's content could not be taken.
-enum Trouble {
-    Read(io::Error),
-    Refused(Failure),
-}
-
-/// What a file must be, by its name.
-struct Check {
-    name: ArchiveFileName,
-    control: ControlFile,
-}
-
-impl Check {
-    /// The size must fit before anything is read.
-    fn size(&self, size: u64) -> Result<(), Failure> {
-        let name = self.name;
-        match name {
-            ArchiveFileName::Segment(_) | ArchiveFileName::Partial(_) => {
-                let expected = self.control.wal_segment_size.bytes();
-                if size == expected {
-                    return Ok(());
-                }
-                let code = if size > expected { Code::TooLarge } else { Code::InvalidSegment };
-                Err(Failure::new(
-                    code,
-                    format!("{name} has {size} bytes; a WAL segment of this database has {expected}"),
-                )
-                .hint("Nothing was stored. A segment is always full size in pg_wal: the file or the transfer was cut."))
-            }
-            ArchiveFileName::History(_) | ArchiveFileName::BackupHistory { .. } => match size {
-                0 => Err(Failure::new(Code::InvalidSegment, format!("{name} is empty")).hint("Nothing was stored.")),
-                1..=MAX_HISTORY_BYTES => Ok(()),
-                _ => Err(Failure::new(
-                    Code::TooLarge,
-                    format!("{name} has {size} bytes; such a file has at most {MAX_HISTORY_BYTES}"),
-                )),
-            },
-        }
+/// What may be asked for before PostgreSQL has finished it is a segment only: the one that is being written.
+fn check_marked(origin: &Origin, name: ArchiveFileName) -> Result<(), Failure> {
+    if !matches!(name, ArchiveFileName::Segment(_)) || origin.pgdata.is_finished(&name) {
+        return Ok(());
     }
+    Err(Failure::new(
+        Code::InvalidSegment,
+        format!("{name} is not finished: PostgreSQL has marked it neither as .ready nor as .done in archive_status"),
+    )
+    .hint("Nothing was stored. PostgreSQL calls archive_command by itself once a segment is complete; SELECT pg_switch_wal() completes the current one."))
+}
 
-    /// Copies the content while checking it: the beginning of a segment, the whole of a history, the size of all.
-    fn copy(&self, reader: &mut dyn Read, out: &mut dyn Write) -> Result<(), Trouble> {
-        let limit = match self.name {
-            ArchiveFileName::Segment(_) | ArchiveFileName::Partial(_) => self.control.wal_segment_size.bytes(),
-            ArchiveFileName::History(_) | ArchiveFileName::BackupHistory { .. } => MAX_HISTORY_BYTES,
+fn is_vouched_for(origin: &Origin, segment: SegmentName) -> Result<bool, Failure> {
+    let histories = origin.pgdata.histories().map_err(|error| Failure::io("reading pg_wal", &error))?;
+    Ok(check::is_vouched_for(segment.timeline(), &origin.control, histories))
+}
+
+/// In MiB, at most: nothing compressed is notably larger than the plain file.
+fn memory_for(check: &Check) -> u32 {
+    match check.largest() {
+        size if size > SINGLE_REQUEST_BYTES as u64 => LARGE_FILE_MIB,
+        size => mebibytes(size) + 1,
+    }
+}
+
+fn mebibytes(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX)
+}
+
+/// What is read, with the reason if it can't be.
+fn content(check: Check, source: Source) -> impl FnOnce(&mut dyn Write) -> Result<(), Failure> + Send + 'static {
+    move |out| {
+        let (mut reader, why): (Box<dyn Read>, _) = match source {
+            Source::File(file, size) => (Box::new(file.take(size)), None),
+            Source::Body(body, _) => {
+                let why = body.failure();
+                (Box::new(body), Some(why))
+            }
         };
-        // One byte more than allowed is read, to see that there is one.
-        let mut limited = reader.take(limit + 1);
-        let mut buffer = vec![0; CHUNK];
-        let (mut total, mut history) = (0, Vec::new());
-        loop {
-            let filled = fill(&mut limited, &mut buffer).map_err(Trouble::Read)?;
-            let chunk = &buffer[..filled];
-            if total == 0 {
-                self.beginning(chunk).map_err(Trouble::Refused)?;
-            }
-            if matches!(self.name, ArchiveFileName::History(_)) {
-                history.extend_from_slice(chunk);
-            }
-            total += filled as u64;
-            if filled == 0 || total > limit {
-                break;
-            }
-            out.write_all(chunk).map_err(Trouble::Read)?;
-        }
-        self.size(total).map_err(Trouble::Refused)?;
-        if let ArchiveFileName::History(timeline) = self.name {
-            TimelineHistory::parse(timeline, &history).map_err(|error| {
-                Trouble::Refused(Failure::new(
-                    Code::InvalidSegment,
-                    format!("{} is not a timeline history: {error}", self.name),
-                ))
-            })?;
-        }
-        Ok(())
-    }
-
-    fn beginning(&self, chunk: &[u8]) -> Result<(), Failure> {
-        let (ArchiveFileName::Segment(segment) | ArchiveFileName::Partial(segment)) = self.name else { return Ok(()) };
-        let head = chunk.get(..WalHeader::LEN).unwrap_or(chunk);
-        let size = self.control.wal_segment_size;
-        match check_segment(&segment, head, size.bytes(), self.control.system_identifier, size) {
-            Ok(_) => Ok(()),
-            Err(mismatch) => {
-                let code = match mismatch {
-                    pgsidecar_core::SegmentMismatch::OtherSystem { .. } => Code::WrongCluster,
-                    _ => Code::InvalidSegment,
-                };
-                Err(Failure::new(code, mismatch.to_string()).hint("Nothing was stored. The file is not what its name says: don't remove it by hand, and look at how it came there."))
-            }
-        }
+        check.copy(&mut reader, out).map_err(|trouble| match trouble {
+            Trouble::Refused(failure) => failure,
+            Trouble::Read(error) => match &why {
+                Some(why) => why.or_io("reading the request's body", &error),
+                None => Failure::io(format!("reading {}", check.name), &error),
+            },
+        })
     }
 }
 
-/// Reads until the buffer is full or the end.
-fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match reader.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+/// What is read from a file of this size.
+pub(super) fn content_of_file(
+    check: Check,
+    file: File,
+    size: u64,
+) -> impl FnOnce(&mut dyn Write) -> Result<(), Failure> + Send + 'static {
+    content(check, Source::File(file, size))
+}
+
+/// A file that can be read twice.
+async fn spooled(check: &Check, source: Source) -> Result<File, Failure> {
+    if let Source::File(file, _) = source {
+        return Ok(file);
     }
-    Ok(filled)
+    let content = content(*check, source);
+    let spool = move || {
+        let mut file = tempfile::tempfile().map_err(|error| Failure::io("creating a temporary file", &error))?;
+        content(&mut file)?;
+        file.rewind().map_err(|error| Failure::io("reading a temporary file", &error))?;
+        Ok(file)
+    };
+    tokio::task::spawn_blocking(spool).await?
+}
+
+/// Stores a file under its own name. `turn` ends with the compression, and of `memory` stays what is needed to send it.
+async fn store_whole(
+    repository: &Repository,
+    check: &Check,
+    source: Source,
+    turn: SemaphorePermit<'_>,
+    mut memory: SemaphorePermit<'_>,
+) -> Outcome {
+    let (key, name, level) = (repository.layout().wal(&check.name), check.name.to_string(), repository.level());
+    let content = content(*check, source);
+    if check.largest() > SINGLE_REQUEST_BYTES as u64 {
+        return repository.store_stream(&key, &name, codec::compress(level, content)).await.map(|(stored, _)| stored);
+    }
+    let (bytes, plain) = tokio::task::spawn_blocking(move || codec::compress_whole(level, content)).await??;
+    drop(turn);
+    let unneeded = memory.num_permits().saturating_sub(mebibytes(bytes.len() as u64) as usize);
+    drop(memory.split(unneeded));
+    repository.store_compressed(&key, &name, bytes, &plain).await
+}
+
+/// Stores what isn't the whole segment, or can't be told from another of its name, under a key with its hash.
+async fn store_partial(repository: &Repository, check: &Check, segment: SegmentName, file: File) -> Outcome {
+    let check = *check;
+    let hashed = move || {
+        let size = file.metadata().map_err(|error| Failure::io(format!("reading {}", check.name), &error))?.len();
+        let again = file.try_clone().map_err(|error| Failure::io(format!("reading {}", check.name), &error))?;
+        let mut hashing = HashingWriter::new(io::sink());
+        content(check, Source::File(file, size))(&mut hashing)?;
+        let mut again = again;
+        again.rewind().map_err(|error| Failure::io(format!("reading {}", check.name), &error))?;
+        Ok::<_, Failure>((again, size, hashing.finish().1))
+    };
+    let (file, size, plain) = tokio::task::spawn_blocking(hashed).await??;
+    let key = repository.layout().partial(segment, &plain.sha256);
+    let stream = codec::compress(repository.level(), content(check, Source::File(file, size)));
+    repository.store_stream(&key, &check.name.to_string(), stream).await.map(|(stored, _)| stored)
 }

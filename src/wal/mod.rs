@@ -1,4 +1,35 @@
 //! WAL on its way to the repository and back.
 
 pub mod archive;
+mod check;
 pub mod fetch;
+pub mod lookahead;
+pub mod shutdown;
+pub mod spool;
+pub mod statistics;
+mod tail;
+
+use pgsidecar_core::ControlFile;
+
+use crate::{failure::Failure, pgdata::DataDirectory, repository::Repository};
+
+/// The server whose WAL is archived, and where it goes.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// The repository of its database system.
+    pub repository: Repository,
+    /// Its data directory.
+    pub pgdata: DataDirectory,
+    /// What its `pg_control` said just now.
+    pub control: ControlFile,
+}
+
+/// Tells what the data directory holds now: it can be replaced, and its server be promoted.
+#[async_trait::async_trait]
+pub trait Origins: Send + Sync {
+    /// The server in the data directory.
+    ///
+    /// # Errors
+    /// Wrong settings, no data directory, or a repository that couldn't be looked at yet.
+    async fn origin(&self) -> Result<Origin, Failure>;
+}

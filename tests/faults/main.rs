@@ -7,7 +7,11 @@
 
 mod support;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    io::{Read, Seek},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use pgsidecar::{
@@ -91,8 +95,7 @@ async fn a_segment_in_one_request_survives_a_fault_at_each_call() {
     let (name, bytes) = segment(1, 7, 1);
     let other = segment(2, 7, 1).1;
     let archive = async |world: &World, bytes: &Bytes| {
-        let control = world.control();
-        Archiver::default().archive_body(&world.repository, &control, name, body(bytes), Some(bytes.len() as u64)).await
+        Archiver::default().archive_body(&world.origin(name), name, body(bytes), Some(bytes.len() as u64)).await
     };
     let met = sweep_all(
         async |world| archive(world, &bytes).await,
@@ -131,10 +134,9 @@ async fn a_segment_in_a_streamed_upload_survives_a_fault_at_each_kind_of_call() 
             (Operation::Finish, 1),
         ] {
             let world = World::with_segment_size(32);
-            let control = world.control();
             let archiver = Archiver::default();
             let archive =
-                async |bytes: &Bytes| archiver.archive_body(&world.repository, &control, name, body(bytes), None).await;
+                async |bytes: &Bytes| archiver.archive_body(&world.origin(name), name, body(bytes), None).await;
             world.plan.clone().on_nth(nth, operation, "", fault);
             let failure = archive(&bytes).await.unwrap_err();
             assert_eq!((failure.code, world.plan.injected()), (Code::StoreUnavailable, 1), "{operation:?} {failure}");
@@ -166,8 +168,9 @@ async fn a_file_of_pg_wal_survives_a_fault_at_each_call_and_one_upload_serves_al
     let text = Bytes::from_static(b"1\t0/900000\tno recovery target specified\n");
     for (name, bytes) in [(name, bytes.clone()), (history, text), (partial, bytes)] {
         let archive = async |world: &World| {
-            let (archiver, control) = (Arc::new(Archiver::default()), world.control());
-            let ask = || archiver.archive_file(&world.repository, &world.pgdata, &control, name);
+            let archiver = Arc::new(Archiver::default());
+            let origin = world.origin(name);
+            let ask = || archiver.archive_file(&origin, name);
             let (first, second) = tokio::join!(ask(), ask());
             assert_eq!(first, second, "both wait for the same upload");
             first
@@ -207,11 +210,10 @@ async fn a_file_of_pg_wal_survives_a_fault_at_each_call_and_one_upload_serves_al
 async fn a_body_that_breaks_off_leaves_nothing_whatever_the_store_does() {
     let (name, bytes) = segment(1, 7, 1);
     let world = World::new();
-    let control = world.control();
     for cut in [0, 1, 39, 40, 300_000, bytes.len() - 1] {
         let short = bytes.slice(..cut);
         let archiver = Archiver::default();
-        let failure = archiver.archive_body(&world.repository, &control, name, body(&short), None).await.unwrap_err();
+        let failure = archiver.archive_body(&world.origin(name), name, body(&short), None).await.unwrap_err();
         assert_eq!(failure.code, Code::InvalidSegment, "{cut}");
         assert_eq!(world.wal(&name).await, None);
     }
@@ -258,31 +260,40 @@ async fn what_is_fetched_is_identical_or_an_error_and_never_said_to_be_missing()
             let control = world.control();
             world.repository.note_cluster(control.wal_segment_size).await.unwrap();
             let archiver = Archiver::default();
-            archiver.archive_body(&world.repository, &control, name, body(&bytes), None).await.unwrap();
+            archiver.archive_body(&world.origin(name), name, body(&bytes), None).await.unwrap();
             world.plan.clone().on_nth(nth, Operation::Get, "", fault);
-            let fetcher = Fetcher::new(&world.directory().join("spool"));
-            match fetcher.fetch(&world.repository, name).await {
-                Ok(file) => assert!(std::fs::read(file.path()).unwrap() == bytes, "{fault:?} {nth}"),
+            let fetcher = Fetcher::new(None);
+            match fetcher.fetch(&world.wanted(name)).await {
+                Ok(spooled) => assert!(content(&spooled.file) == bytes, "{fault:?} {nth}"),
                 Err(failure) => {
                     failures += 1;
                     assert_ne!(failure.code, Code::NotInArchive, "{fault:?} {nth}: {failure}");
                 }
             }
             world.plan.heal();
-            assert_eq!(fetcher.fetch(&world.repository, missing).await.unwrap_err().code, Code::NotInArchive);
+            assert_eq!(fetcher.fetch(&world.wanted(missing)).await.unwrap_err().code, Code::NotInArchive);
             // A missing one, when it can't be told: once for cluster.json, once for the segment.
             for nth in 1..=2 {
                 let world_fault = Fault::Before(StoreErrorKind::Unavailable);
                 world.plan.clone().on_nth(nth, Operation::Get, "", world_fault);
-                let code = fetcher.fetch(&world.repository, missing).await.unwrap_err().code;
+                let code = Fetcher::new(None).fetch(&world.wanted(missing)).await.unwrap_err().code;
                 assert_eq!(code, Code::StoreUnavailable);
                 world.plan.heal();
             }
-            let left = std::fs::read_dir(world.directory().join("spool")).unwrap().count();
-            assert_eq!(left, 0, "the spool is empty again");
+            let left = std::fs::read_dir(world.pgdata.wal()).unwrap().count();
+            assert_eq!(left, 1, "only archive_status is in pg_wal");
         }
     }
     assert!(failures > 10, "{failures}");
+}
+
+/// What lies in a file without a name.
+fn content(file: &std::fs::File) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut file = file;
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    bytes
 }
 
 /// Calls at random that fail at random; what was acknowledged is there in the end, whatever happened.
@@ -291,14 +302,13 @@ async fn whatever_fails_at_random_what_was_acknowledged_is_there() {
     let first = std::env::var("PGSIDECAR_TEST_SEED").ok().map(|seed| seed.parse().unwrap());
     for seed in first.map_or(1..=12, |seed: u64| seed..=seed) {
         let world = World::random(seed, 0.15, 0.15);
-        let control = world.control();
         let archiver = Archiver::default();
         let mut acknowledged = BTreeMap::new();
         for round in 0..30 {
             // Twelve names, two contents: repetitions and conflicts are frequent.
             let choice = noise(4, seed * 1000 + round);
             let (name, bytes) = segment(1 + u64::from(choice[0] % 2), 1 + u64::from(choice[1] % 12), 1);
-            let stored = archiver.archive_body(&world.repository, &control, name, body(&bytes), None).await;
+            let stored = archiver.archive_body(&world.origin(name), name, body(&bytes), None).await;
             let told = format!("PGSIDECAR_TEST_SEED={seed}, round {round}, {name}: {stored:?}");
             match stored {
                 Ok(_) => {
@@ -392,7 +402,7 @@ async fn make_backup(world: &World) {
     repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await.unwrap();
     let archiver = Archiver::default();
     let (name, bytes) = segment(1, 7, 1);
-    archiver.archive_body(repository, &control, name, body(&bytes), None).await.unwrap();
+    archiver.archive_body(&world.origin(name), name, body(&bytes), None).await.unwrap();
 }
 
 async fn restore_it(world: &World) -> Result<(), Failure> {

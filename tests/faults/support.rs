@@ -11,6 +11,7 @@ use pgsidecar::{
         ByteRange, ListRequest, LocalStore, Pages, Store,
         fault::{FaultPlan, FaultStore},
     },
+    wal::{Origin, fetch::FetchRequest},
 };
 use pgsidecar_core::{
     ArchiveFileName, ContentId, ControlFile, Layout, Lsn, SegmentName, SystemIdentifier, TimelineId, WalSegmentSize,
@@ -58,7 +59,7 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let data = directory.path().join("data");
         std::fs::create_dir_all(data.join("global")).unwrap();
-        std::fs::create_dir_all(data.join("pg_wal")).unwrap();
+        std::fs::create_dir_all(data.join("pg_wal/archive_status")).unwrap();
         std::fs::write(data.join("global/pg_control"), CONTROL).unwrap();
         std::fs::write(data.join("PG_VERSION"), "15\n").unwrap();
         let beneath = LocalStore::new(directory.path().join("repository"));
@@ -75,6 +76,18 @@ impl World {
     /// The fixture's control file, with this world's segment size.
     pub fn control(&self) -> ControlFile {
         ControlFile { wal_segment_size: self.segment_size, ..self.pgdata.control().unwrap() }
+    }
+
+    /// The server, which has marked this file.
+    pub fn origin(&self, name: ArchiveFileName) -> Origin {
+        let mark = self.pgdata.wal().join(format!("archive_status/{name}.done"));
+        std::fs::write(mark, "").unwrap();
+        Origin { repository: self.repository.clone(), pgdata: self.pgdata.clone(), control: self.control() }
+    }
+
+    /// A request of this server for a file.
+    pub fn wanted(&self, name: ArchiveFileName) -> FetchRequest {
+        FetchRequest { repository: self.repository.clone(), name, pgdata: Some(self.pgdata.clone()), tail: false }
     }
 
     /// Puts a file into pg_wal.

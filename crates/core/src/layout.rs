@@ -3,11 +3,12 @@
 //! ```text
 //! <cluster>/<system-identifier>/
 //!   cluster.json                        what the segments are like; written before the first WAL
-//!   wal/<timeline>/owner.json           which workload archives this timeline (nothing writes it yet)
+//!   wal/<timeline>/owner.json           which workload archives this timeline ; see the owner's record
 //!   wal/<timeline>/<timeline><log>/<segment>.zst
 //!   wal/<timeline>/<timeline><log>/<segment>.<offset>.backup.zst
 //!   wal/<timeline>/<timeline><log>/<segment>.partial.<hash>.zst
 //!   wal/<timeline>/<timeline>.history.zst
+//!   tail/<timeline>/<segment>.<hash>.zst what a server that was stopped had of its last segment
 //!   backups/<id>/started.json           the claim of the id, written first
 //!   backups/<id>/part-00001.tar.zst
 //!   backups/<id>/index.jsonl.zst, backup_manifest.zst
@@ -18,8 +19,8 @@ use crate::{
     ArchiveFileName, BackupId, ClusterName, ObjectKey, SegmentName, Sha256Digest, SystemIdentifier, TimelineId,
 };
 
-/// How many hexadecimal digits of the content's hash the key of a `.partial` carries.
-const PARTIAL_HASH_DIGITS: usize = 16;
+/// How many hexadecimal digits of the content's hash the keys of a `.partial` and of a tail carry.
+const HASH_DIGITS: usize = 16;
 
 /// The keys of one database system under one cluster name.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -39,6 +40,8 @@ pub enum RepositoryObject {
     Wal(ArchiveFileName),
     /// A `.partial` segment with the first digits of its content's hash.
     PartialWal(SegmentName, String),
+    /// What a stopped server had of its last segment, with the first digits of the content's hash.
+    Tail(SegmentName, String),
     /// An object of a base backup.
     Backup(BackupId, BackupObject),
 }
@@ -111,6 +114,9 @@ impl Layout {
                 let name = ArchiveFileName::Partial(*segment);
                 format!("{}{name}.{hash}.zst", wal_directory(&name))
             }
+            RepositoryObject::Tail(segment, hash) => {
+                format!("tail/{}/{segment}.{hash}.zst", segment.timeline().to_hex())
+            }
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
         };
         key(self.prefix() + &path)
@@ -124,8 +130,23 @@ impl Layout {
     /// The key of a `.partial` segment. Two standbys that are promoted may archive different ones under one
     /// name; both are kept.
     pub fn partial(&self, segment: SegmentName, content: &Sha256Digest) -> ObjectKey {
-        let hash = content.to_string().chars().take(PARTIAL_HASH_DIGITS).collect();
-        self.key(&RepositoryObject::PartialWal(segment, hash))
+        self.key(&RepositoryObject::PartialWal(segment, short_hash(content)))
+    }
+
+    /// The key of what a stopped server had of its last segment. After a restart it writes other bytes there, so the
+    /// same segment can have several of them.
+    pub fn tail(&self, segment: SegmentName, content: &Sha256Digest) -> ObjectKey {
+        self.key(&RepositoryObject::Tail(segment, short_hash(content)))
+    }
+
+    /// What the keys of a timeline's tails begin with.
+    pub fn tails_prefix(&self, timeline: TimelineId) -> String {
+        format!("{}tail/{}/", self.prefix(), timeline.to_hex())
+    }
+
+    /// What the keys of a segment's tails begin with.
+    pub fn tail_prefix(&self, segment: SegmentName) -> String {
+        format!("{}{segment}.", self.tails_prefix(segment.timeline()))
     }
 
     /// What the keys of all `.partial` files of this segment begin with.
@@ -178,6 +199,14 @@ impl Layout {
     }
 }
 
+fn short_hash(content: &Sha256Digest) -> String {
+    content.to_string().chars().take(HASH_DIGITS).collect()
+}
+
+fn is_short_hash(text: &str) -> bool {
+    text.len() == HASH_DIGITS && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 /// `wal/<timeline>/<timeline><log>/`, with the slash.
 fn wal_directory(name: &ArchiveFileName) -> String {
     let timeline = name.timeline().to_hex();
@@ -195,6 +224,10 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
         ["cluster.json"] => Some(RepositoryObject::Cluster),
         ["wal", timeline, "owner.json"] => TimelineId::from_hex(timeline).map(RepositoryObject::TimelineOwner),
         ["wal", _, file] | ["wal", _, _, file] => parse_wal(file.strip_suffix(".zst")?),
+        ["tail", _, file] => {
+            let (segment, hash) = file.strip_suffix(".zst")?.split_once('.')?;
+            is_short_hash(hash).then(|| Some(RepositoryObject::Tail(segment.parse().ok()?, hash.to_owned()))).flatten()
+        }
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
         _ => None,
     }
@@ -202,9 +235,8 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
 
 fn parse_wal(name: &str) -> Option<RepositoryObject> {
     if let Some((segment, hash)) = name.split_once(".partial.") {
-        let lower_hex = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
-        let ours = hash.len() == PARTIAL_HASH_DIGITS && hash.bytes().all(lower_hex);
-        return ours.then(|| Some(RepositoryObject::PartialWal(segment.parse().ok()?, hash.to_owned()))).flatten();
+        let partial = || Some(RepositoryObject::PartialWal(segment.parse().ok()?, hash.to_owned()));
+        return is_short_hash(hash).then(partial).flatten();
     }
     match name.parse().ok()? {
         ArchiveFileName::Partial(_) => None,
@@ -281,6 +313,10 @@ mod tests {
                 "wal/0000000A/0000000A00000003/0000000A0000000300000042.partial.0123456789abcdef.zst",
             ),
             (RepositoryObject::Wal(ArchiveFileName::History(segment.timeline())), "wal/0000000A/0000000A.history.zst"),
+            (
+                RepositoryObject::Tail(segment, "0123456789abcdef".into()),
+                "tail/0000000A/0000000A0000000300000042.0123456789abcdef.zst",
+            ),
             (RepositoryObject::Backup(id, BackupObject::Started), "backups/20261121T061500Z-full/started.json"),
             (RepositoryObject::Backup(id, BackupObject::Record), "backups/20261121T061500Z-full/backup.json"),
             (RepositoryObject::Backup(id, BackupObject::Manifest), "backups/20261121T061500Z-full/backup_manifest.zst"),

@@ -18,7 +18,7 @@ pgsidecar-wal hands WAL files to the pgsidecar daemon beside this PostgreSQL ser
 
 Usage:
   pgsidecar-wal archive %p                                    as archive_command
-  pgsidecar-wal restore [--system-identifier N] %f %p         as restore_command
+  pgsidecar-wal restore [OPTIONS] %f %p                       as restore_command
   pgsidecar-wal ping                                          succeeds if the daemon answers
 
 Options:
@@ -26,6 +26,8 @@ Options:
   --timeout SECONDS         when to give up [archive, restore: PGSIDECAR_WAL_TIMEOUT]
                             [default: archive 60, restore 300, ping 3]
   --system-identifier N     restore from this database system instead of the server's own
+  --tail                    restore to the latest point: where the archive ends, ask for what the stopped
+                            server had of its last segment; without effect on a standby
   -h, --help                print this
   -V, --version             print the version
 
@@ -92,6 +94,13 @@ impl FileName {
     }
 }
 
+impl FileName {
+    /// Whether it's as long as a segment's name and no other file's.
+    pub fn is_segment(&self) -> bool {
+        self.0.len() == 24
+    }
+}
+
 impl fmt::Display for FileName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -123,6 +132,8 @@ pub struct RestoreRequest {
     pub to: PathBuf,
     /// Whose archive it is; none for that of the daemon's own server.
     pub system_identifier: Option<u64>,
+    /// Whether the end of a stopped server's WAL will do.
+    pub tail: bool,
 }
 
 /// What the command line asks for.
@@ -138,6 +149,7 @@ struct RawArgs {
     address: Option<OsString>,
     timeout: Option<OsString>,
     system_identifier: Option<OsString>,
+    tail: bool,
     help: bool,
     version: bool,
     operands: Vec<OsString>,
@@ -161,6 +173,10 @@ impl RawArgs {
                 "--address" => &mut raw.address,
                 "--timeout" => &mut raw.timeout,
                 "--system-identifier" => &mut raw.system_identifier,
+                "--tail" if value.is_none() => {
+                    raw.tail = true;
+                    continue;
+                }
                 "-h" | "--help" if value.is_none() => {
                     raw.help = true;
                     continue;
@@ -194,12 +210,16 @@ pub fn parse(args: &[OsString], env: &dyn Fn(&str) -> Option<OsString>) -> Resul
     if raw.system_identifier.is_some() && kind != Kind::Restore {
         return Err("--system-identifier is an option of restore".to_owned());
     }
+    if raw.tail && kind != Kind::Restore {
+        return Err("--tail is an option of restore".to_owned());
+    }
     let action = match (kind, files) {
         (Kind::Archive, [path]) if !raw.help && !raw.version => Action::Archive { file: FileName::of(path)? },
         (Kind::Restore, [name, path]) if !raw.help && !raw.version => Action::Restore(RestoreRequest {
             file: FileName::of(name)?,
             to: PathBuf::from(path),
             system_identifier: raw.system_identifier.as_deref().map(parse_system_identifier).transpose()?,
+            tail: raw.tail,
         }),
         (Kind::Ping, []) => Action::Ping,
         (Kind::Archive, _) => return Err("the usage is: pgsidecar-wal archive %p".to_owned()),
@@ -311,6 +331,7 @@ mod tests {
             file: FileName("00000002.history".to_owned()),
             to: PathBuf::from("pg_wal/RECOVERYHISTORY"),
             system_identifier: Some(7_575_002_186_531_184_001),
+            tail: false,
         };
         let command = parse_with(line, &[]).unwrap();
         assert_eq!((command.action, command.timeout), (Action::Restore(expected), Duration::from_secs(300)));

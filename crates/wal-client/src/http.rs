@@ -16,6 +16,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PROTOCOL_HEADER: &str = "Pgsidecar-Protocol";
 /// The only value that is spoken here.
 pub const PROTOCOL: &str = "1";
+/// In the answer to a restore: the file lies in pg_wal under this name.
+const FILE_HEADER: &[u8] = b"pgsidecar-file";
 const MAX_HEAD_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 const MAX_ERROR_BODY_BYTES: usize = 64 * 1024;
@@ -153,6 +155,7 @@ enum Framing {
 /// The head of an answer; its body is still to be read.
 pub struct Response {
     status: u16,
+    file: Option<String>,
     framing: Framing,
     /// What of a body of known length hasn't been read yet.
     left: u64,
@@ -170,6 +173,11 @@ impl Response {
     /// The status code.
     pub fn status(&self) -> u16 {
         self.status
+    }
+
+    /// The name under which the daemon has left the file in pg_wal, instead of sending it.
+    pub fn file(&self) -> Option<&str> {
+        self.file.as_deref()
     }
 
     /// The body's length, if it was announced.
@@ -220,6 +228,7 @@ impl Response {
         let mut length = None;
         let mut encoded = None;
         let mut protocol = None;
+        let mut file = None;
         let mut count = 0;
         loop {
             let line = read_line(&mut wire, &mut budget)?;
@@ -238,6 +247,8 @@ impl Response {
                 }
             } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
                 encoded = Some(value.eq_ignore_ascii_case(b"chunked"));
+            } else if name.eq_ignore_ascii_case(FILE_HEADER) {
+                file = Some(String::from_utf8_lossy(value).into_owned());
             } else if name.eq_ignore_ascii_case(PROTOCOL_HEADER.as_bytes()) {
                 let value = String::from_utf8_lossy(value).into_owned();
                 if protocol.get_or_insert_with(|| value.clone()) != &value {
@@ -256,7 +267,7 @@ impl Response {
             Some(other) => return Err(HttpError::OtherProtocol(other)),
             None => return Err(HttpError::Foreign(status)),
         }
-        Ok(Response { status, framing, left: length.unwrap_or(0), wire })
+        Ok(Response { status, file, framing, left: length.unwrap_or(0), wire })
     }
 }
 

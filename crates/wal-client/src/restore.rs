@@ -8,6 +8,10 @@
 //! asks again every few seconds. Where `standby.signal` exists, 'can't tell' is said as 1, and at once,
 //! so that the standby can go on to its primary.
 //!
+//! The daemon may leave a segment in pg_wal under a name of its own, where this is the directory that it shares; then
+//! only a rename is left to do. That it's done here, not there, is what keeps an answer to a process that was killed
+//! from landing under a name that its successor has been promised.
+//!
 //! The file appears under its name only when it is whole. It isn't synced: PostgreSQL syncs what it keeps of it
 //! and, after a crash, asks the archive again.
 
@@ -39,6 +43,9 @@ const EXIT_CANNOT_TELL: u8 = 200;
 /// The daemon's word for a definite 'not there'. A 404 without it may be anybody's.
 const NOT_IN_ARCHIVE: &str = "not_in_archive";
 
+/// What the names begin with of files that the daemon leaves in pg_wal.
+const HANDED_OVER: &str = "pgsidecar-spool.";
+
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// How long the daemon may say nothing while it fetches from the store.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -51,6 +58,8 @@ const BUFFER_BYTES: usize = 256 * 1024;
 enum Answer {
     Found,
     NotInArchive,
+    /// The daemon has left it in a directory that isn't the one it's wanted in.
+    Elsewhere,
 }
 
 /// Restores the file and returns the exit code: 0 found, 1 not in the archive, otherwise [`cannot_tell`].
@@ -58,6 +67,7 @@ pub fn restore(request: &RestoreRequest, address: SocketAddr, timeout: Duration,
     match fetch_through_outages(request, address, timeout, world) {
         Ok(Answer::Found) => 0,
         Ok(Answer::NotInArchive) => EXIT_NOT_IN_ARCHIVE,
+        Ok(Answer::Elsewhere) => cannot_tell(world.cwd),
         Err(problem) => {
             problem.report(&format!("restore {}", request.file), "", world);
             cannot_tell(world.cwd)
@@ -89,9 +99,17 @@ fn fetch_through_outages(
     let client = Client { address, deadline, silence, connect_timeout: CONNECT_TIMEOUT };
     let target = world.cwd.join(&request.to);
 
+    // Not on a standby: what comes next is what its primary says.
+    let tail = request.tail && !standby;
+    let mut directory = if request.file.is_segment() { directory_of(&target) } else { None };
     let mut waiting = false;
     loop {
-        let problem = match fetch(request, &client, &target) {
+        let problem = match fetch(request, tail, directory, &client, &target) {
+            // It can't be reached where it was left: then it has to be sent.
+            Ok(Answer::Elsewhere) => {
+                directory = None;
+                continue;
+            }
             Ok(answer) => {
                 if waiting {
                     world.report(&format!(
@@ -118,11 +136,45 @@ fn fetch_through_outages(
 }
 
 /// Asks once.
-fn fetch(request: &RestoreRequest, client: &Client, target: &Path) -> Result<Answer, Problem> {
-    let query = request.system_identifier.map(|id| format!("?system-identifier={id}")).unwrap_or_default();
+fn fetch(
+    request: &RestoreRequest,
+    tail: bool,
+    directory: Option<u64>,
+    client: &Client,
+    target: &Path,
+) -> Result<Answer, Problem> {
+    let query = [
+        request.system_identifier.map(|id| format!("system-identifier={id}")),
+        directory.map(|inode| format!("directory={inode}")),
+        tail.then(|| "tail=yes".to_owned()),
+    ];
+    let query = query.into_iter().flatten().collect::<Vec<_>>().join("&");
+    let query = if query.is_empty() { query } else { format!("?{query}") };
     let response = client
         .send("GET", &format!("/v1/wal/{}{query}", request.file))
         .map_err(|error| Problem::from_http(&error, client.address))?;
+    match (response.status(), response.file()) {
+        (200, Some(name)) if directory.is_some() => Ok(take(target, name)),
+        _ => answer(response, client, target),
+    }
+}
+
+/// The inode of the directory that a file goes to.
+fn directory_of(target: &Path) -> Option<u64> {
+    let directory = target.parent()?;
+    fs::metadata(directory).ok().filter(fs::Metadata::is_dir).map(|meta| meta.ino())
+}
+
+/// Takes the file that the daemon has left beside the target.
+fn take(target: &Path, name: &str) -> Answer {
+    let plain = name.starts_with(HANDED_OVER) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b));
+    let left = target.with_file_name(name);
+    let whole = || fs::symlink_metadata(&left).is_ok_and(|meta| meta.is_file() && meta.len() > 0);
+    if plain && whole() && fs::rename(&left, target).is_ok() { Answer::Found } else { Answer::Elsewhere }
+}
+
+/// What an answer says that brings the file along, if there is one.
+fn answer(response: Response, client: &Client, target: &Path) -> Result<Answer, Problem> {
     match response.status() {
         200 => receive(response, client.address, target).map(|()| Answer::Found),
         404 => {
@@ -248,7 +300,7 @@ mod tests {
         let path = data.path().join("pg_wal/RECOVERYXLOG");
         assert!(fs::read(&path).unwrap() == body);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert!(server.requests()[0].starts_with("GET /v1/wal/000000010000000000000042 HTTP/1.1\r\n"));
+        assert!(server.requests()[0].starts_with("GET /v1/wal/000000010000000000000042?directory="));
     }
 
     #[test]
@@ -258,6 +310,43 @@ mod tests {
         assert_eq!(restore_in(&data, Server::start([found(b"file")]).address, "5", SEGMENT).code, 0);
         assert_eq!(fs::read(data.path().join("pg_wal/RECOVERYXLOG")).unwrap(), b"file");
         assert_eq!(data.files("pg_wal"), ["RECOVERYXLOG"]);
+    }
+
+    #[test]
+    fn what_was_left_in_pg_wal_is_taken_by_a_rename() {
+        let data = pgdata();
+        let left = |name: &str| {
+            testing::Answer::daemon(format!("HTTP/1.1 200 OK\r\nPgsidecar-File: {name}\r\nContent-Length: 0\r\n\r\n"))
+        };
+        let path = data.path().join("pg_wal/pgsidecar-spool.7.1");
+        fs::write(&path, "segment").unwrap();
+        let inode = fs::metadata(data.path().join("pg_wal")).unwrap().ino();
+        let server = Server::start([left("pgsidecar-spool.7.1")]);
+        assert_eq!(restore_in(&data, server.address, "5", SEGMENT).code, 0);
+        assert_eq!(data.files("pg_wal"), ["RECOVERYXLOG"]);
+        assert!(server.requests()[0].starts_with(&format!("GET /v1/wal/{SEGMENT}?directory={inode} HTTP/1.1")));
+        // What isn't there, is empty, or isn't one of these names is asked for again, to be sent.
+        fs::write(data.path().join("pg_wal/pgsidecar-spool.7.3"), "").unwrap();
+        for name in ["pgsidecar-spool.7.2", "pgsidecar-spool.7.3", "../PG_VERSION", "pgsidecar-spool./../RECOVERYXLOG"]
+        {
+            let server = Server::start([left(name), found(b"sent")]);
+            assert_eq!(restore_in(&data, server.address, "5", SEGMENT).code, 0, "{name}");
+            assert_eq!(fs::read(data.path().join("pg_wal/RECOVERYXLOG")).unwrap(), b"sent");
+            assert!(server.requests()[1].starts_with(&format!("GET /v1/wal/{SEGMENT} HTTP/1.1")), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_tail_is_asked_for_except_on_a_standby() {
+        for (data, query) in [(pgdata(), "&tail=yes"), (standby(), "")] {
+            let server = Server::start([testing::Answer::error(404, NOT_IN_ARCHIVE)]);
+            let address = server.address.to_string();
+            let args = ["restore", "--address", &address, "--tail", SEGMENT, "pg_wal/RECOVERYXLOG"];
+            assert_eq!(run_in(&args, &[], &data).code, 1);
+            let inode = fs::metadata(data.path().join("pg_wal")).unwrap().ino();
+            let start = format!("GET /v1/wal/{SEGMENT}?directory={inode}{query} HTTP/1.1");
+            assert!(server.requests()[0].starts_with(&start), "{}", server.requests()[0]);
+        }
     }
 
     #[test]

@@ -127,8 +127,12 @@ impl Postgres {
         u64::from_le_bytes(*control.first_chunk().unwrap())
     }
 
-    /// A segment of this database with a right header, filled with noise that `seed` decides.
+    /// A segment of this database with a right header, filled with noise that `seed` decides. It's marked as one that
+    /// PostgreSQL has finished.
     pub fn segment(&self, name: &str, size: u32, seed: u64) -> Vec<u8> {
+        let mark = self.data.join(format!("pg_wal/archive_status/{name}.done"));
+        std::fs::write(&mark, "").unwrap();
+        super::give_to_servers(&mark);
         segment(self.system_identifier(), name, size, seed)
     }
 }

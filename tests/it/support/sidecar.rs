@@ -44,7 +44,7 @@ impl Sidecar {
             ("PGSIDECAR_WAL_LISTEN".to_owned(), format!("127.0.0.1:{port}")),
             ("PGSIDECAR_HEALTH_LISTEN".to_owned(), format!("127.0.0.1:{health_port}")),
             ("PGSIDECAR_CONTROL_SOCKET".to_owned(), scratch.path().join("control.sock").display().to_string()),
-            ("PGSIDECAR_SPOOL".to_owned(), scratch.path().join("spool").display().to_string()),
+            ("PGSIDECAR_SERVER_STOP_WAIT".to_owned(), "1s".to_owned()),
             ("PGSIDECAR_HELPER".to_owned(), Sidecar::helper().display().to_string()),
             ("PGSIDECAR_LOG".to_owned(), "debug".to_owned()),
         ];

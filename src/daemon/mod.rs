@@ -4,8 +4,13 @@
 //! with the reason, and says it in log, status and metrics. Nothing here exits because of the store or of PostgreSQL;
 //! only an address that it can't listen at, or a helper that it can't publish, ends it.
 //!
-//! Stopping: the first SIGTERM or SIGINT ends the acceptance of connections and lets the requests that are under way
-//! end, for at most the drain timeout; a base backup that is under way is given up. A second signal exits at once.
+//! Stopping: in a pod, PostgreSQL and its sidecar are usually told to stop at the same time, and the last WAL comes when
+//! PostgreSQL has ended. So the first SIGTERM or SIGINT ends only base backups; archiving goes on until PostgreSQL is gone
+//! and its last WAL is shipped (see [`shutdown`]), or, where only the sidecar is stopped, for a short while. Then
+//! connections are accepted no more, and the requests under way end. All of it takes at most the drain timeout. A second
+//! signal exits at once.
+
+mod status;
 
 use std::{
     io,
@@ -19,9 +24,7 @@ use std::{
 };
 
 use hyper::{Request, body::Incoming};
-use jiff::Timestamp;
-use pgsidecar_core::{ArchiveFileName, BackupId, ControlFile, Layout, SystemIdentifier, settings::RepositoryUrl};
-use serde::Serialize;
+use pgsidecar_core::{ArchiveFileName, ControlFile, Layout, SystemIdentifier, settings::RepositoryUrl};
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     iterator::Signals,
@@ -34,22 +37,23 @@ use crate::{
     failure::{Code, Failure},
     histories,
     http::{self, Listener, wal::Asker},
-    jobs::{Job, Jobs, Snapshot},
+    jobs::{Job, Jobs},
     pgdata::DataDirectory,
     repository::{Repository, Stored},
     settings::{ProcessSettings, Settings, WorkSettings},
     store::{ConditionalCreation, LocalStore, S3Config, S3Store, Store},
     wal::{
-        archive::{ArchiveStatistics, Archiver},
-        fetch::Fetcher,
+        Origin, Origins,
+        archive::Archiver,
+        fetch::{FetchRequest, Fetcher},
+        lookahead, shutdown,
+        spool::{self, Spool, Spooled},
     },
 };
 
-/// How old the list of backups may be that the status tells.
-const STATUS_CACHE: Duration = Duration::from_secs(20);
-/// How long the status waits for the store.
-const STATUS_PATIENCE: Duration = Duration::from_secs(3);
 const RETRY_START_WORK: Duration = Duration::from_secs(10);
+
+pub use status::{ArchiveStatus, LastBackup, Status};
 
 /// Opens the store that the settings name. No network access.
 pub async fn open_store(settings: &WorkSettings) -> Arc<dyn Store> {
@@ -90,64 +94,19 @@ struct Work {
     recoverable: tokio::sync::Mutex<Option<(Instant, Option<LastBackup>)>>,
 }
 
-/// The newest complete backup, for the status.
-#[derive(Clone, Debug, Serialize)]
-pub struct LastBackup {
-    /// Its id.
-    pub id: BackupId,
-    /// When it was complete.
-    pub stopped_at: Timestamp,
-}
-
-/// `GET /v1/status`.
-#[derive(Debug, Serialize)]
-pub struct Status {
-    /// pgsidecar's version.
-    pub version: &'static str,
-    /// `ok` or `degraded`.
-    pub state: &'static str,
-    /// What keeps it from working.
-    pub problems: Vec<Failure>,
-    /// The name in the repository.
-    pub cluster: Option<String>,
-    /// The database system of the data directory.
-    pub system_identifier: Option<SystemIdentifier>,
-    /// Where backups are kept.
-    pub repository: Option<String>,
-    /// `honoured`, or why the daemon has to look before it writes; unknown until the first write.
-    pub conditional_creation: Option<String>,
-    /// WAL archiving.
-    pub archive: ArchiveStatus,
-    /// The newest complete backup; unknown while the store can't be reached.
-    pub last_backup: Option<LastBackup>,
-    /// The job that was started last.
-    pub last_job: Option<Snapshot>,
-}
-
-/// WAL archiving, in the status.
-#[derive(Debug, Serialize)]
-pub struct ArchiveStatus {
-    /// `.ready` files; unknown without a data directory.
-    pub backlog_files: Option<u64>,
-    /// Age of the oldest.
-    pub oldest_ready_seconds: Option<u64>,
-    /// Since the daemon's start.
-    #[serde(flatten)]
-    pub statistics: ArchiveStatistics,
-}
-
 impl App {
     /// Sets up what the requests share.
     pub async fn new(settings: &Settings, start_problem: Option<Failure>) -> App {
         let work = match settings.work() {
             Err(failure) => Err(failure),
             Ok(work) => {
-                let fetcher = Fetcher::new(&work.spool);
-                fetcher.clean();
+                if let Ok(pgdata) = work.pgdata().and_then(DataDirectory::open) {
+                    spool::clean(&pgdata);
+                }
                 Ok(Work {
                     settings: work.clone(),
                     store: open_store(work).await,
-                    fetcher,
+                    fetcher: Fetcher::new(work.spool.clone()),
                     noted: Mutex::default(),
                     conditional: Mutex::default(),
                     recoverable: tokio::sync::Mutex::default(),
@@ -185,26 +144,16 @@ impl App {
     /// # Errors
     /// Why it isn't in the repository.
     pub async fn archive_file(&self, name: ArchiveFileName, asker: Option<Asker>) -> Result<Stored, Failure> {
-        let (pgdata, control, repository) = self.ready_to_archive(name).await?;
+        let origin = self.ready_to_archive(name).await?;
         if let Some(asker) = asker {
-            check_asker(&pgdata, &control, name, asker)
-                .inspect_err(|failure| self.archiver.note_failure(name, failure))?;
+            check_asker(&origin, name, asker).inspect_err(|failure| self.archiver.note_failure(name, failure))?;
         }
-        self.archiver.archive_file(&repository, &pgdata, &control, name).await
+        self.archiver.archive_file(&origin, name).await
     }
 
     /// What archiving needs. That it isn't there counts as a failure to archive.
-    async fn ready_to_archive(
-        &self,
-        name: ArchiveFileName,
-    ) -> Result<(DataDirectory, ControlFile, Repository), Failure> {
-        let ready = async {
-            let work = self.work()?;
-            let (pgdata, control) = work.data_directory()?;
-            let repository = work.noted_repository(&control).await?;
-            Ok((pgdata, control, repository))
-        };
-        ready.await.inspect_err(|failure| self.archiver.note_failure(name, failure))
+    async fn ready_to_archive(&self, name: ArchiveFileName) -> Result<Origin, Failure> {
+        self.origin().await.inspect_err(|failure| self.archiver.note_failure(name, failure))
     }
 
     /// Archives a request's body.
@@ -217,8 +166,8 @@ impl App {
         body: ChannelReader,
         length: Option<u64>,
     ) -> Result<Stored, Failure> {
-        let (_, control, repository) = self.ready_to_archive(name).await?;
-        self.archiver.archive_body(&repository, &control, name, body, length).await
+        let origin = self.ready_to_archive(name).await?;
+        self.archiver.archive_body(&origin, name, body, length).await
     }
 
     /// Fetches a file from the archive, of this database system or of the one that is named.
@@ -229,13 +178,20 @@ impl App {
         &self,
         name: ArchiveFileName,
         system: Option<SystemIdentifier>,
-    ) -> Result<tempfile::NamedTempFile, Failure> {
+        tail: bool,
+    ) -> Result<(Spooled, &Spool), Failure> {
         let work = self.work()?;
-        let system = match system {
-            Some(system) => system,
-            None => work.data_directory()?.1.system_identifier,
+        // A directory of another system than the daemon's own is restored elsewhere.
+        let (pgdata, system) = match (work.data_directory(), system) {
+            (Ok((pgdata, control)), None) => (Some(pgdata), control.system_identifier),
+            (Ok((pgdata, control)), Some(system)) => {
+                (Some(pgdata).filter(|_| control.system_identifier == system), system)
+            }
+            (Err(_), Some(system)) => (None, system),
+            (Err(failure), None) => return Err(failure),
         };
-        work.fetcher.fetch(&work.repository(system), name).await
+        let request = FetchRequest { repository: work.repository(system), name, pgdata, tail };
+        Ok((work.fetcher.fetch(&request).await?, work.fetcher.spool()))
     }
 
     /// Starts a base backup.
@@ -258,33 +214,15 @@ impl App {
             Ok(record)
         })
     }
+}
 
-    /// Everything that is known.
-    pub async fn status(&self) -> Status {
-        let mut status = Status {
-            version: env!("CARGO_PKG_VERSION"),
-            state: "ok",
-            problems: self.start_problem.iter().cloned().collect(),
-            cluster: None,
-            system_identifier: None,
-            repository: None,
-            conditional_creation: None,
-            archive: ArchiveStatus {
-                backlog_files: None,
-                oldest_ready_seconds: None,
-                statistics: self.archiver.statistics(),
-            },
-            last_backup: None,
-            last_job: self.jobs.last().map(|job| job.snapshot()),
-        };
-        match &self.work {
-            Err(failure) => status.problems.push(failure.clone()),
-            Ok(work) => work.describe(&mut status).await,
-        }
-        if !status.problems.is_empty() {
-            status.state = "degraded";
-        }
-        status
+#[async_trait::async_trait]
+impl Origins for App {
+    async fn origin(&self) -> Result<Origin, Failure> {
+        let work = self.work()?;
+        let (pgdata, control) = work.data_directory()?;
+        let repository = work.noted_repository(&control).await?;
+        Ok(Origin { repository, pgdata, control })
     }
 }
 
@@ -330,65 +268,11 @@ impl Work {
         *known = Some(conditional);
         Ok(())
     }
-
-    async fn describe(&self, status: &mut Status) {
-        status.cluster = Some(self.settings.cluster.to_string());
-        status.repository = Some(self.store.description());
-        status.conditional_creation = self.conditional.lock().ok().and_then(|known| {
-            known.as_ref().map(|known| match known {
-                ConditionalCreation::Honoured => "honoured".to_owned(),
-                ConditionalCreation::LookFirst { reason } => format!("look first: {reason}"),
-            })
-        });
-        let (pgdata, control) = match self.data_directory() {
-            Ok(found) => found,
-            Err(failure) => return status.problems.push(failure),
-        };
-        status.system_identifier = Some(control.system_identifier);
-        if let Ok(backlog) = pgdata.backlog() {
-            status.archive.backlog_files = Some(backlog.files);
-            status.archive.oldest_ready_seconds = backlog.oldest.map(|age| age.as_secs());
-        }
-        if let Some(last) = &status.archive.statistics.last.last_failure {
-            status
-                .problems
-                .push(last.reason.clone().context(format!("{} could not be archived at {}", last.file, last.at)));
-        }
-        let repository = self.repository(control.system_identifier);
-        match tokio::time::timeout(STATUS_PATIENCE, self.last_backup(&repository)).await {
-            Ok(Ok(last)) => status.last_backup = last,
-            Ok(Err(failure)) => status.problems.push(failure),
-            Err(_) => status.problems.push(Failure::new(Code::StoreUnavailable, "the store does not answer in time")),
-        }
-    }
-
-    async fn last_backup(&self, repository: &Repository) -> Result<Option<LastBackup>, Failure> {
-        let mut cached = self.recoverable.lock().await;
-        if let Some((at, last)) = &*cached
-            && at.elapsed() < STATUS_CACHE
-        {
-            return Ok(last.clone());
-        }
-        let mut last = None;
-        // The newest with a record: those without aren't complete.
-        for id in repository.backup_ids().await?.into_iter().rev() {
-            if let Some(record) = repository.backup(id).await? {
-                last = Some(LastBackup { id, stopped_at: record.stopped_at });
-                break;
-            }
-        }
-        *cached = Some((Instant::now(), last.clone()));
-        Ok(last)
-    }
 }
 
 /// Refuses to acknowledge our file to another server: its own of the same name would be lost.
-fn check_asker(
-    pgdata: &DataDirectory,
-    control: &ControlFile,
-    name: ArchiveFileName,
-    asker: Asker,
-) -> Result<(), Failure> {
+fn check_asker(origin: &Origin, name: ArchiveFileName, asker: Asker) -> Result<(), Failure> {
+    let Origin { pgdata, control, .. } = origin;
     let refuse = |what: String| {
         Err(Failure::new(Code::WrongCluster, what)
             .hint("Its WAL is kept. Each server needs a pgsidecar of its own, with its own PGDATA and --wal-listen; the helper finds it by PGSIDECAR_ADDRESS."))
@@ -415,10 +299,10 @@ fn check_asker(
 /// # Errors
 /// If a listener can't be opened.
 pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result<(), Failure> {
+    let signalled = listen_for_signals()?;
     let (stop_sender, stop) = watch::channel(false);
-    let stop_sender = Arc::new(stop_sender);
-    listen_for_signals(stop_sender.clone())?;
-    let ProcessSettings { wal_listen, health_listen, control_socket, drain_timeout } = &settings.process;
+    let ProcessSettings { wal_listen, health_listen, control_socket, drain_timeout, server_stop_wait } =
+        &settings.process;
     // A database must not stay down because of it: PostgreSQL's own calls will tell that the helper is missing.
     let unpublished = publish_helper.and_then(|directory| crate::helper::publish(&directory).err());
     if let Some(failure) = &unpublished {
@@ -445,19 +329,20 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
             "pgsidecar is up, but can't work: {failure}"
         ),
     }
-    let start_work = tokio::spawn(start_work(app.clone()));
+    let start_work = tokio::spawn(start_work(app.clone(), stop.clone()));
     let mut servers = tokio::task::JoinSet::new();
     servers.spawn(http::serve(Listener::Tcp(wal), with(&app, http::wal::handle), stop.clone()));
     servers.spawn(http::serve(Listener::Tcp(health), with(&app, http::health::handle), stop.clone()));
     servers.spawn(http::serve(control, with(&app, http::control::handle), stop.clone()));
 
-    let mut stopping = stop.clone();
+    let mut stopping = signalled;
     let _ = stopping.wait_for(|stop| *stop).await;
     app.stopping.store(true, Relaxed);
-    start_work.abort();
     tracing::info!(drain_timeout = ?drain_timeout, "stopping: finishing what is under way; a second signal ends it at once");
     let drained = tokio::time::timeout(*drain_timeout, async {
-        app.jobs.cancel().await;
+        // PostgreSQL asks on while it stops: the listeners and the look-ahead stay until it has.
+        tokio::join!(app.jobs.cancel(), shutdown::finish(&app.archiver, &*app, *server_stop_wait));
+        stop_sender.send_replace(true);
         while servers.join_next().await.is_some() {}
     });
     match drained.await {
@@ -466,6 +351,7 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
             "stopped before everything under way had ended; PostgreSQL will ask again for what it wasn't told about"
         ),
     }
+    start_work.abort();
     let _ = std::fs::remove_file(control_socket);
     Ok(())
 }
@@ -478,39 +364,42 @@ fn with<F>(
     move |request| handle(app.clone(), request)
 }
 
-/// What is to be done once when the daemon has started, as soon as store and data directory are there: learn how the
-/// store creates objects, and ship the timeline histories.
-async fn start_work(app: Arc<App>) {
-    let Ok(work) = app.work() else { return };
+/// What the daemon does by itself: as soon as store and data directory are there it learns how the store creates
+/// objects and ships the timeline histories, and archives ahead from then on.
+async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
     let mut told = None;
     loop {
         let done = async {
-            let (pgdata, control) = work.data_directory()?;
-            let repository = work.noted_repository(&control).await?;
-            histories::ship(&repository, &pgdata).await
+            let origin = app.origin().await?;
+            histories::ship(&origin.repository, &origin.pgdata).await
         };
         match done.await {
-            Ok(()) => return,
+            Ok(()) => break,
             Err(failure) if told.as_ref() != Some(&failure.message) => {
                 tracing::warn!(hint = failure.hint, "not ready yet: {failure}");
                 told = Some(failure.message);
             }
             Err(_) => {}
         }
+        if app.work.is_err() {
+            return;
+        }
         tokio::time::sleep(RETRY_START_WORK).await;
     }
+    lookahead::run(app.archiver.clone(), &*app, stop).await;
 }
 
 /// The first signal stops in order, the second at once.
-fn listen_for_signals(stop: Arc<watch::Sender<bool>>) -> Result<(), Failure> {
+fn listen_for_signals() -> Result<watch::Receiver<bool>, Failure> {
+    let (signalled, stop) = watch::channel(false);
     let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(|error| Failure::io("listening for signals", &error))?;
     std::thread::spawn(move || {
         for signal in signals.forever() {
-            if stop.send_replace(true) {
+            if signalled.send_replace(true) {
                 // The usual code of a process that a signal has ended.
                 std::process::exit(128 + signal);
             }
         }
     });
-    Ok(())
+    Ok(stop)
 }

@@ -1,0 +1,149 @@
+//! What the daemon knows of itself, for `pgsidecar status`, the probes and the metrics.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use pgsidecar_core::{BackupId, SystemIdentifier};
+use serde::Serialize;
+
+use super::{App, Work};
+use crate::{
+    failure::{Code, Failure},
+    jobs::Snapshot,
+    repository::Repository,
+    store::ConditionalCreation,
+    wal::statistics::ArchiveStatistics,
+};
+
+/// How old the list of backups may be that the status tells.
+const STATUS_CACHE: Duration = Duration::from_secs(20);
+/// How long the status waits for the store.
+const STATUS_PATIENCE: Duration = Duration::from_secs(3);
+
+/// The newest complete backup, for the status.
+#[derive(Clone, Debug, Serialize)]
+pub struct LastBackup {
+    /// Its id.
+    pub id: BackupId,
+    /// When it was complete.
+    pub stopped_at: Timestamp,
+}
+
+/// `GET /v1/status`.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    /// pgsidecar's version.
+    pub version: &'static str,
+    /// `ok` or `degraded`.
+    pub state: &'static str,
+    /// What keeps it from working.
+    pub problems: Vec<Failure>,
+    /// The name in the repository.
+    pub cluster: Option<String>,
+    /// The database system of the data directory.
+    pub system_identifier: Option<SystemIdentifier>,
+    /// Where backups are kept.
+    pub repository: Option<String>,
+    /// `honoured`, or why the daemon has to look before it writes; unknown until the first write.
+    pub conditional_creation: Option<String>,
+    /// WAL archiving.
+    pub archive: ArchiveStatus,
+    /// The newest complete backup; unknown while the store can't be reached.
+    pub last_backup: Option<LastBackup>,
+    /// The job that was started last.
+    pub last_job: Option<Snapshot>,
+}
+
+/// WAL archiving, in the status.
+#[derive(Debug, Serialize)]
+pub struct ArchiveStatus {
+    /// `.ready` files; unknown without a data directory.
+    pub backlog_files: Option<u64>,
+    /// Age of the oldest.
+    pub oldest_ready_seconds: Option<u64>,
+    /// Since the daemon's start.
+    #[serde(flatten)]
+    pub statistics: ArchiveStatistics,
+}
+
+impl App {
+    /// Everything that is known.
+    pub async fn status(&self) -> Status {
+        let mut status = Status {
+            version: env!("CARGO_PKG_VERSION"),
+            state: "ok",
+            problems: self.start_problem.iter().cloned().collect(),
+            cluster: None,
+            system_identifier: None,
+            repository: None,
+            conditional_creation: None,
+            archive: ArchiveStatus {
+                backlog_files: None,
+                oldest_ready_seconds: None,
+                statistics: self.archiver.statistics(),
+            },
+            last_backup: None,
+            last_job: self.jobs.last().map(|job| job.snapshot()),
+        };
+        match &self.work {
+            Err(failure) => status.problems.push(failure.clone()),
+            Ok(work) => work.describe(&mut status).await,
+        }
+        if !status.problems.is_empty() {
+            status.state = "degraded";
+        }
+        status
+    }
+}
+
+impl Work {
+    async fn describe(&self, status: &mut Status) {
+        status.cluster = Some(self.settings.cluster.to_string());
+        status.repository = Some(self.store.description());
+        status.conditional_creation = self.conditional.lock().ok().and_then(|known| {
+            known.as_ref().map(|known| match known {
+                ConditionalCreation::Honoured => "honoured".to_owned(),
+                ConditionalCreation::LookFirst { reason } => format!("look first: {reason}"),
+            })
+        });
+        let (pgdata, control) = match self.data_directory() {
+            Ok(found) => found,
+            Err(failure) => return status.problems.push(failure),
+        };
+        status.system_identifier = Some(control.system_identifier);
+        if let Ok(backlog) = pgdata.backlog() {
+            status.archive.backlog_files = Some(backlog.files);
+            status.archive.oldest_ready_seconds = backlog.oldest.map(|age| age.as_secs());
+        }
+        if let Some(last) = &status.archive.statistics.last.last_failure {
+            status
+                .problems
+                .push(last.reason.clone().context(format!("{} could not be archived at {}", last.file, last.at)));
+        }
+        let repository = self.repository(control.system_identifier);
+        match tokio::time::timeout(STATUS_PATIENCE, self.last_backup(&repository)).await {
+            Ok(Ok(last)) => status.last_backup = last,
+            Ok(Err(failure)) => status.problems.push(failure),
+            Err(_) => status.problems.push(Failure::new(Code::StoreUnavailable, "the store does not answer in time")),
+        }
+    }
+
+    async fn last_backup(&self, repository: &Repository) -> Result<Option<LastBackup>, Failure> {
+        let mut cached = self.recoverable.lock().await;
+        if let Some((at, last)) = &*cached
+            && at.elapsed() < STATUS_CACHE
+        {
+            return Ok(last.clone());
+        }
+        let mut last = None;
+        // The newest with a record: those without aren't complete.
+        for id in repository.backup_ids().await?.into_iter().rev() {
+            if let Some(record) = repository.backup(id).await? {
+                last = Some(LastBackup { id, stopped_at: record.stopped_at });
+                break;
+            }
+        }
+        *cached = Some((Instant::now(), last.clone()));
+        Ok(last)
+    }
+}
