@@ -14,7 +14,8 @@ use pgsidecar::{
     wal::{Origin, fetch::FetchRequest},
 };
 use pgsidecar_core::{
-    ArchiveFileName, ContentId, ControlFile, Layout, Lsn, SegmentName, SystemIdentifier, TimelineId, WalSegmentSize,
+    ArchiveFileName, ClusterState, ContentId, ControlFile, Layout, Lsn, SegmentName, SystemIdentifier, TimelineId,
+    WalSegmentSize,
 };
 
 const CONTROL: &[u8] = include_bytes!("../../crates/core/tests/fixtures/pg_control-15");
@@ -73,9 +74,15 @@ impl World {
         self.directory.path()
     }
 
-    /// The fixture's control file, with this world's segment size.
+    /// The fixture's control file, with this world's segment size, of a primary.
     pub fn control(&self) -> ControlFile {
-        ControlFile { wal_segment_size: self.segment_size, ..self.pgdata.control().unwrap() }
+        ControlFile {
+            wal_segment_size: self.segment_size,
+            // What it archives is vouched for by it: these segments are noise.
+            state: ClusterState::InProduction,
+            timeline: TimelineId::FIRST,
+            ..self.pgdata.control().unwrap()
+        }
     }
 
     /// The server, which has marked this file.

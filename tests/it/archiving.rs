@@ -121,7 +121,8 @@ fn the_same_content_again_is_a_success_pg15() {
         assert_eq!(answer.text().trim(), format!("{{\"name\":\"{NAME}\",\"already_archived\":{already}}}"));
     }
     assert_eq!(sidecar.wal(&postgres, &["archive", &format!("pg_wal/{NAME}")]).status.code(), Some(0));
-    assert_eq!(sidecar.metric("pgsidecar_archived_files_total"), "4");
+    // The helper's question was answered from memory.
+    assert_eq!(sidecar.metric("pgsidecar_archived_files_total"), "3");
     assert_eq!(sidecar.metric("pgsidecar_archive_conflicts_total"), "0");
 }
 

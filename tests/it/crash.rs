@@ -83,10 +83,18 @@ fn what_was_acknowledged_before_a_kill_under_load_is_in_the_repository_and_the_r
     postgres.start(&[]);
     sidecar.start();
     let look = Look::into(&repository);
-    let init = postgres.client("pgbench").args(["-i", "-q", "-s", "3"]).output().unwrap();
-    assert!(init.status.success());
+    postgres.sql("CREATE TABLE t (n int, u uuid)");
+    let script = scratch.path().join("load.sql");
+    // Two segments each, so that there's always something under way.
+    fs::write(&script, "INSERT INTO t SELECT n, gen_random_uuid() FROM generate_series(1, 20000) n;\n").unwrap();
     let mut load = postgres.client("pgbench");
-    let load = load.args(["-n", "-c", "2", "-T", "180"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let load = load
+        .args(["-n", "-c", "2", "-T", "60", "-f"])
+        .arg(&script)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
 
     let mut interrupted = 0;
     for round in 0..3 {

@@ -120,9 +120,10 @@ fn sigterm_lets_an_upload_end_and_then_exits_with_0_pg15() {
     thread::scope(|scope| {
         let pid = sidecar.pid();
         let stopped = scope.spawn(|| sidecar.stop());
-        // Nobody new is taken.
-        let port = caller.peer_addr().unwrap().port();
-        wait_until("it takes nobody new", PATIENCE, || std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
+        wait_until("it is stopping", PATIENCE, || {
+            fs::read_to_string(scratch.path().join("sidecar.log")).unwrap().contains("stopping: finishing")
+        });
+        thread::sleep(Duration::from_secs(2));
         assert!(fs::exists(format!("/proc/{pid}")).unwrap(), "it waits for the upload");
         proxy.set(Way::Open);
         let mut answer = String::new();
