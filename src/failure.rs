@@ -24,6 +24,8 @@ pub enum Code {
     NotInArchive,
     /// Other content is already there under that name.
     Conflict,
+    /// Another workload archives this timeline.
+    NotOwner,
     /// The file isn't a WAL segment of the size and at the position that its name promises.
     InvalidSegment,
     /// It belongs to another database system, or to one that the repository doesn't know.
@@ -68,7 +70,7 @@ impl Code {
         match self {
             Code::InvalidRequest | Code::InvalidName => StatusCode::BAD_REQUEST,
             Code::NotFound | Code::NotInArchive => StatusCode::NOT_FOUND,
-            Code::Conflict | Code::TargetDirectory | Code::Busy => StatusCode::CONFLICT,
+            Code::Conflict | Code::NotOwner | Code::TargetDirectory | Code::Busy => StatusCode::CONFLICT,
             Code::InvalidSegment | Code::WrongCluster | Code::TargetUnreachable => StatusCode::UNPROCESSABLE_ENTITY,
             Code::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Code::Forbidden => StatusCode::FORBIDDEN,
@@ -89,7 +91,7 @@ impl Code {
         match self {
             Code::InvalidRequest | Code::InvalidName => 2,
             Code::NotFound | Code::NotInArchive | Code::Conflict | Code::InvalidSegment | Code::WrongCluster => 1,
-            Code::TooLarge | Code::Forbidden => 1,
+            Code::NotOwner | Code::TooLarge | Code::Forbidden => 1,
             Code::TargetUnreachable | Code::Damaged => 65,
             Code::StoreUnavailable | Code::PostgresUnavailable | Code::DaemonUnavailable => 69,
             Code::Internal => 70,

@@ -222,7 +222,7 @@ impl Origins for App {
         let work = self.work()?;
         let (pgdata, control) = work.data_directory()?;
         let repository = work.noted_repository(&control).await?;
-        Ok(Origin { repository, pgdata, control })
+        Ok(Origin { repository, pgdata, control, claimant: work.settings.claimant() })
     }
 }
 

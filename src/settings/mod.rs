@@ -20,7 +20,10 @@ use pgsidecar_core::settings::{ClusterName, RepositoryUrl, parse_bytes, parse_du
 pub use pod::PodEnvironment;
 pub use raw::RawSettings;
 
-use crate::failure::{Code, Failure};
+use crate::{
+    failure::{Code, Failure},
+    wal::owner::Claimant,
+};
 
 const DEFAULT_WAL_LISTEN: &str = "127.0.0.1:7433";
 const DEFAULT_HEALTH_LISTEN: &str = "0.0.0.0:7434";
@@ -61,6 +64,8 @@ pub struct WorkSettings {
     pub cluster: ClusterName,
     /// Who does the work: pod or host.
     pub instance: String,
+    /// Who archives: what stays the same when a pod is replaced.
+    pub workload: Option<String>,
     /// PostgreSQL's data directory, where one was named.
     pub pgdata: Option<PathBuf>,
     /// How PostgreSQL is reached.
@@ -217,6 +222,12 @@ impl Settings {
 }
 
 impl WorkSettings {
+    /// Who claims timelines, if anybody does.
+    pub fn claimant(&self) -> Option<Claimant> {
+        let workload = self.workload.clone()?;
+        Some(Claimant { workload, instance: self.instance.clone() })
+    }
+
     /// The data directory.
     ///
     /// # Errors
@@ -305,6 +316,7 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
     let text = |value: &Option<String>, default: &str| {
         value.clone().filter(|text| !text.is_empty()).unwrap_or_else(|| default.to_owned())
     };
+    let pgdata = resolver.value("PGDATA", raw.pgdata.as_ref(), None, |text| absolute(text).map(Some));
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     Some(WorkSettings {
         s3: S3Settings {
@@ -313,7 +325,18 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             path_style: resolver.value("PGSIDECAR_S3_PATH_STYLE", raw.s3_path_style.as_ref(), None, boolean),
         },
         instance: pod.instance().to_owned(),
-        pgdata: resolver.value("PGDATA", raw.pgdata.as_ref(), None, |text| absolute(text).map(Some)),
+        workload: resolver.value(
+            "PGSIDECAR_WORKLOAD",
+            raw.workload.as_ref(),
+            pod.workload(pgdata.as_deref()),
+            |text| {
+                let printable = text.len() <= 253 && text.bytes().all(|b| b.is_ascii_graphic());
+                printable
+                    .then(|| Some(text.to_owned()))
+                    .ok_or_else(|| format!("{text:?} is not a name of up to 253 letters"))
+            },
+        ),
+        pgdata,
         connection: ConnectionSettings {
             host: text(&raw.pghost, "127.0.0.1"),
             port: resolver.value("PGPORT", raw.pgport.as_ref(), 5432, number_between(1, u16::MAX)),
@@ -362,7 +385,7 @@ mod tests {
     use super::*;
 
     fn pod(namespace: &str, name: &str) -> PodEnvironment {
-        PodEnvironment { namespace: Some(namespace.into()), name: Some(name.into()), host_name: "host".into() }
+        PodEnvironment { namespace: Some(namespace.into()), name: Some(name.into()), ..PodEnvironment::default() }
     }
 
     fn raw() -> RawSettings {

@@ -1,5 +1,7 @@
 //! Who we are in Kubernetes, by the downward API.
 
+use std::path::Path;
+
 /// What the environment tells of the pod, by the downward API.
 #[derive(Clone, Debug, Default)]
 pub struct PodEnvironment {
@@ -9,6 +11,8 @@ pub struct PodEnvironment {
     pub name: Option<String>,
     /// The host's name, which is the pod's name in Kubernetes.
     pub host_name: String,
+    /// Whether `KUBERNETES_SERVICE_HOST` is there, as in every pod.
+    pub in_kubernetes: bool,
 }
 
 impl PodEnvironment {
@@ -19,12 +23,25 @@ impl PodEnvironment {
             namespace: var("POD_NAMESPACE"),
             name: var("POD_NAME"),
             host_name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            in_kubernetes: var("KUBERNETES_SERVICE_HOST").is_some(),
         }
     }
 
     /// The pod's name, or the host's outside of Kubernetes: who does the work.
     pub fn instance(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.host_name)
+    }
+
+    /// What stays the same when a pod is replaced: `NAMESPACE/WORKLOAD` in Kubernetes, `HOST:PGDATA` elsewhere. `None`
+    /// where the host's name is a container's id, which doesn't stay.
+    pub fn workload(&self, pgdata: Option<&Path>) -> Option<String> {
+        let is_container_id = self.host_name.len() == 12 && self.host_name.bytes().all(|b| b.is_ascii_hexdigit());
+        match (&self.namespace, &self.name) {
+            (Some(namespace), Some(name)) => Some(format!("{namespace}/{}", workload_of(name))),
+            _ if self.in_kubernetes => Some(workload_of(&self.host_name).to_owned()),
+            _ if is_container_id => None,
+            _ => pgdata.map(|pgdata| format!("{}:{}", self.host_name, pgdata.display())),
+        }
     }
 
     /// `NAMESPACE/WORKLOAD` in Kubernetes, `main` elsewhere. Two databases never meet under one name: their system
@@ -50,5 +67,28 @@ fn workload_of(pod: &str) -> &str {
             _ => pod,
         },
         _ => pod,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workload_stays_the_same_when_its_pod_is_replaced() {
+        let pod = |namespace: Option<&str>, name: Option<&str>, host: &str, in_kubernetes| PodEnvironment {
+            namespace: namespace.map(str::to_owned),
+            name: name.map(str::to_owned),
+            host_name: host.to_owned(),
+            in_kubernetes,
+        };
+        let at = |pod: PodEnvironment| pod.workload(Some(Path::new("/data")));
+        for name in ["orders-7c5ddbdf54-x2x4z", "orders-0", "orders-1"] {
+            assert_eq!(at(pod(Some("shop"), Some(name), name, true)).as_deref(), Some("shop/orders"));
+            assert_eq!(at(pod(None, None, name, true)).as_deref(), Some("orders"));
+        }
+        assert_eq!(at(pod(None, None, "db-1", false)).as_deref(), Some("db-1:/data"));
+        assert_eq!(at(pod(None, None, "3f2a9c01d4e5", false)), None);
+        assert_eq!(pod(None, None, "db-1", false).workload(None), None);
     }
 }

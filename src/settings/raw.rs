@@ -12,6 +12,17 @@ pub struct RawSettings {
     /// Name of this database in the repository [default: NAMESPACE/WORKLOAD in Kubernetes, else main]
     #[arg(long, global = true, env = "PGSIDECAR_CLUSTER", value_name = "NAME", hide_env_values = true)]
     pub cluster: Option<String>,
+    /// Who archives this database: another workload's timelines are refused [default: NAMESPACE/WORKLOAD in Kubernetes,
+    /// else HOST:PGDATA]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_WORKLOAD",
+        value_name = "NAME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub workload: Option<String>,
     /// PostgreSQL's data directory, on the volume shared with it
     #[arg(long, global = true, env = "PGDATA", value_name = "DIR", hide_env_values = true)]
     pub pgdata: Option<String>,

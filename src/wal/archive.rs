@@ -25,6 +25,7 @@ use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use super::{
     Origin,
     check::{self, Check, Trouble},
+    owner::Owned,
     statistics::{ArchiveStatistics, Counters},
 };
 use crate::{
@@ -56,6 +57,7 @@ pub struct Archiver {
     compressors: Semaphore,
     bodies: Semaphore,
     memory: Semaphore,
+    owned: Owned,
     counters: Counters,
 }
 
@@ -67,6 +69,7 @@ impl Default for Archiver {
             compressors: Semaphore::new(COMPRESSORS),
             bodies: Semaphore::new(BODIES),
             memory: Semaphore::new(MEMORY_MIB as usize),
+            owned: Owned::default(),
             counters: Counters::default(),
         }
     }
@@ -211,6 +214,10 @@ impl Archiver {
         if let Some(size) = announced {
             check.size(size)?;
         }
+        let vouched_for = is_vouched_for(origin, name)?;
+        if let (true, Some(claimant)) = (vouched_for, &origin.claimant) {
+            self.owned.claim(&origin.repository, name.timeline(), claimant).await?;
+        }
         let memory = self.memory.acquire_many(memory_for(&check)).await.map_err(Failure::internal)?;
         let turn = match &source {
             Source::File(..) => self.compressors.acquire().await,
@@ -222,7 +229,7 @@ impl Archiver {
             ArchiveFileName::Partial(segment) => {
                 store_partial(repository, &check, segment, spooled(&check, source).await?).await?
             }
-            ArchiveFileName::Segment(segment) if !is_vouched_for(origin, segment)? => {
+            ArchiveFileName::Segment(segment) if !vouched_for => {
                 let mut file = spooled(&check, source).await?;
                 let (mut file, completeness) = tokio::task::spawn_blocking(move || {
                     let completeness = check.completeness(&mut file)?;
@@ -267,9 +274,10 @@ fn check_marked(origin: &Origin, name: ArchiveFileName) -> Result<(), Failure> {
     .hint("Nothing was stored. PostgreSQL calls archive_command by itself once a segment is complete; SELECT pg_switch_wal() completes the current one."))
 }
 
-fn is_vouched_for(origin: &Origin, segment: SegmentName) -> Result<bool, Failure> {
+/// Whether the file is of a primary's own timeline.
+fn is_vouched_for(origin: &Origin, name: ArchiveFileName) -> Result<bool, Failure> {
     let histories = origin.pgdata.histories().map_err(|error| Failure::io("reading pg_wal", &error))?;
-    Ok(check::is_vouched_for(segment.timeline(), &origin.control, histories))
+    Ok(check::is_vouched_for(name.timeline(), &origin.control, histories))
 }
 
 /// In MiB, at most: nothing compressed is notably larger than the plain file.

@@ -4,6 +4,7 @@ pub mod archive;
 mod check;
 pub mod fetch;
 pub mod lookahead;
+pub mod owner;
 pub mod shutdown;
 pub mod spool;
 pub mod statistics;
@@ -22,6 +23,8 @@ pub struct Origin {
     pub pgdata: DataDirectory,
     /// What its `pg_control` said just now.
     pub control: ControlFile,
+    /// Who archives. `None`: timelines have no owners, and only conflicts are refused.
+    pub claimant: Option<owner::Claimant>,
 }
 
 /// Tells what the data directory holds now: it can be replaced, and its server be promoted.

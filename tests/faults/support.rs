@@ -89,7 +89,12 @@ impl World {
     pub fn origin(&self, name: ArchiveFileName) -> Origin {
         let mark = self.pgdata.wal().join(format!("archive_status/{name}.done"));
         std::fs::write(mark, "").unwrap();
-        Origin { repository: self.repository.clone(), pgdata: self.pgdata.clone(), control: self.control() }
+        Origin {
+            repository: self.repository.clone(),
+            pgdata: self.pgdata.clone(),
+            control: self.control(),
+            claimant: None,
+        }
     }
 
     /// A request of this server for a file.
