@@ -1,4 +1,6 @@
-//! WAL on its way to the repository and back.
+//! WAL on its way to the repository and back, and what there is of it.
 
 pub mod archive;
 pub mod fetch;
+pub mod survey;
+pub mod verify;
