@@ -151,7 +151,7 @@ fn print_survey(survey: &Survey) -> Result<(), Failure> {
         output::print_line(&format!("Timeline {} has:", timeline.timeline))?;
         timeline.ranges.iter().try_for_each(|range| output::print_line(&format!("  {range}")))?;
         if timeline.gaps > MAX_GAPS as u64 {
-            output::print_line(&format!("  and more, after {} gaps", timeline.ranges.len()))?;
+            output::print_line(&format!("  and more: {} gaps in all", timeline.gaps))?;
         }
     }
     print_foreign(survey.foreign_objects)
@@ -205,7 +205,7 @@ fn print_verification(verified: &Verification) -> Result<(), Failure> {
         })?;
     }
     for damage in verified.damaged_histories.iter().chain(&verified.damaged) {
-        output::print_line(&format!("DAMAGED  {}: {}", damage.file, damage.message))?;
+        output::print_line(&format!("DAMAGED  {}", damage.message))?;
     }
     let named = verified.damaged.len() as u64;
     if verified.damaged_segments > named {
@@ -216,10 +216,14 @@ fn print_verification(verified: &Verification) -> Result<(), Failure> {
         Some(read) => format!("{} read", count(read, "segment")),
         None => "whether the segments are whole was not looked at (--deep does)".to_owned(),
     };
-    match verified.ok {
-        true => output::print_line(&format!("Nothing is missing; {read}.")),
-        false => output::print_line(&format!(
-            "Not all is well; {read}.\nHINT: A new backup doesn't need what is missing before it. Objects may be had back from an older version of the bucket."
-        )),
+    if verified.ok {
+        return output::print_line(&format!("Nothing is missing; {read}."));
     }
+    let missing = verified.timelines.iter().map(|timeline| timeline.missing_segments).sum();
+    let missing = count(missing, "segment");
+    output::print_line(&format!("{missing} missing, {} damaged; {read}.", verified.damaged_segments))?;
+    output::print_line(
+        "HINT: Take a backup: restores to later moments then don't need what is missing. Where the store keeps older \
+         versions, or another copy, what is missing or damaged may be had back from there.",
+    )
 }

@@ -265,7 +265,7 @@ fn a_segment_under_another_name_is_found_by_its_header_and_foreign_objects_are_o
     let output = sidecar.cli(&["wal", "verify", "--deep"]);
     let said = told(&output);
     assert_eq!(output.status.code(), Some(65), "{said}");
-    assert!(said.contains(&format!("DAMAGED  {}: {} holds the WAL from ", shipped[1], shipped[1])), "{said}");
+    assert!(said.contains(&format!("DAMAGED  {} holds the WAL from ", shipped[1])), "{said}");
     assert!(sidecar.ok(&["wal", "list"]).contains("2 objects among them are not pgsidecar's."));
     assert_eq!(sidecar.json(&["wal", "list"])["foreign_objects"], 2);
 }
