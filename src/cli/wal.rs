@@ -31,7 +31,7 @@ pub enum WalCommand {
 /// `wal list`
 #[derive(Args, Debug)]
 pub struct ListArgs {
-    /// Only this timeline
+    /// Only this timeline, by its number: 10 for 0000000A…
     #[arg(long, value_name = "N")]
     timeline: Option<TimelineId>,
     #[command(flatten)]
@@ -46,7 +46,7 @@ pub struct VerifyArgs {
     /// Read every segment too, and check its content, its size and its header
     #[arg(long)]
     deep: bool,
-    /// Only what restores to this timeline could need
+    /// Only what restores to this timeline could need; by its number: 10 for 0000000A…
     #[arg(long, value_name = "N")]
     timeline: Option<TimelineId>,
     #[command(flatten)]
@@ -193,14 +193,15 @@ fn print_verification(verified: &Verification) -> Result<(), Failure> {
     for limit in &verified.limited_backups {
         let timelines: Vec<String> = limit.timelines.iter().map(ToString::to_string).collect();
         let to = format!("timeline{} {}", if timelines.len() == 1 { "" } else { "s" }, timelines.join(", "));
+        let how = if limit.damaged { "damaged" } else { "missing" };
         output::print_line(&match limit.restorable {
             true => format!(
-                "LIMITED  backup {} can be restored to {to} only up to {}: {} is missing",
-                limit.backup, limit.reachable, limit.missing
+                "LIMITED  backup {} can be restored to {to} only up to {}: {} is {how}",
+                limit.backup, limit.reachable, limit.lacks
             ),
             false => format!(
-                "LOST     backup {} can't be restored to {to}: {}, which it needs, is missing",
-                limit.backup, limit.missing
+                "LOST     backup {} can't be restored to {to}: {}, which it needs, is {how}",
+                limit.backup, limit.lacks
             ),
         })?;
     }

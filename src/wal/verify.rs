@@ -5,6 +5,7 @@
 //! A store that doesn't answer is a failure of the whole, never a finding.
 
 use std::{
+    collections::BTreeMap,
     io::Write,
     sync::{
         Arc,
@@ -26,7 +27,7 @@ use crate::{
     repository::{ClusterRecord, Repository},
 };
 
-/// How many damaged segments are named. More are only counted.
+/// How many damaged segments are named, and heeded in what is said of the backups. More are only counted.
 const MAX_DAMAGED: usize = 1000;
 
 /// What is to be verified.
@@ -64,7 +65,7 @@ pub struct Verification {
     pub missing_histories: Vec<ArchiveFileName>,
     /// Timeline histories that can't be read.
     pub damaged_histories: Vec<Damage>,
-    /// Backups that what is missing cuts short, or that can't be restored.
+    /// Backups that what is missing or damaged cuts short, or that can't be restored.
     pub limited_backups: Vec<BackupLimit>,
     /// How many segments were read; `None` if that wasn't asked for.
     pub read_segments: Option<u64>,
@@ -98,7 +99,7 @@ pub struct VerifiedTimeline {
 }
 
 /// Something that is there and can't be used.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Damage {
     /// The file.
     pub file: ArchiveFileName,
@@ -151,11 +152,11 @@ pub async fn verify(
         verified.push(first);
         archived.push(wal);
     }
-    let found = requirements.check(archived);
     let (read_segments, damaged_segments, damaged) = match reader {
         Some(reader) => reader.finish().await.map(|(read, count, damaged)| (Some(read), count, damaged))?,
-        None => (None, 0, Vec::new()),
+        None => (None, 0, BTreeMap::new()),
     };
+    let found = requirements.check(archived, &damaged.keys().copied().collect());
     let is_damaged = |timeline: &TimelineId| damaged_histories.iter().any(|d| d.file.timeline() == *timeline);
     let without_history = requirements.without_history().iter().filter(|timeline| !is_damaged(timeline));
     let missing_histories: Vec<_> = without_history.map(|timeline| ArchiveFileName::History(*timeline)).collect();
@@ -175,7 +176,7 @@ pub async fn verify(
         limited_backups: found.limits,
         read_segments,
         damaged_segments,
-        damaged,
+        damaged: damaged.into_values().collect(),
         foreign_objects,
     })
 }
@@ -217,10 +218,10 @@ struct Reader {
     cluster: ClusterRecord,
     readers: usize,
     progress: Arc<VerifyProgress>,
-    running: JoinSet<Result<Option<Damage>, Failure>>,
+    running: JoinSet<(SegmentName, Result<Option<Damage>, Failure>)>,
     read: u64,
     damaged_segments: u64,
-    damaged: Vec<Damage>,
+    damaged: BTreeMap<SegmentName, Damage>,
 }
 
 impl Reader {
@@ -233,7 +234,7 @@ impl Reader {
             running: JoinSet::new(),
             read: 0,
             damaged_segments: 0,
-            damaged: Vec::new(),
+            damaged: BTreeMap::new(),
         }
     }
 
@@ -243,7 +244,7 @@ impl Reader {
             self.join_one().await?;
         }
         let (repository, cluster) = (self.repository.clone(), self.cluster.clone());
-        self.running.spawn(async move { read_segment(&repository, &cluster, segment).await });
+        self.running.spawn(async move { (segment, read_segment(&repository, &cluster, segment).await) });
         Ok(())
     }
 
@@ -251,20 +252,20 @@ impl Reader {
         let Some(ended) = self.running.join_next().await else { return Ok(()) };
         self.read += 1;
         self.progress.read.fetch_add(1, Relaxed);
-        if let Some(damage) = ended?? {
+        let (segment, found) = ended?;
+        if let Some(damage) = found? {
             self.damaged_segments += 1;
             if self.damaged.len() < MAX_DAMAGED {
-                self.damaged.push(damage);
+                self.damaged.insert(segment, damage);
             }
         }
         Ok(())
     }
 
-    async fn finish(mut self) -> Result<(u64, u64, Vec<Damage>), Failure> {
+    async fn finish(mut self) -> Result<(u64, u64, BTreeMap<SegmentName, Damage>), Failure> {
         while !self.running.is_empty() {
             self.join_one().await?;
         }
-        self.damaged.sort_unstable();
         Ok((self.read, self.damaged_segments, self.damaged))
     }
 }

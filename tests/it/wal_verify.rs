@@ -220,6 +220,8 @@ fn what_is_missing_or_damaged_is_named(major: u32) {
         archive.instead(&damaged, Some(other), || {
             let found = archive.finds(&["--deep"]);
             assert_eq!((&found["damaged_segments"], &found["damaged"][0]["file"]), (&json!(1), &json!(first[3])));
+            let limit = &found["limited_backups"][0];
+            assert_eq!((&limit["lacks"], &limit["damaged"]), (&json!(first[3]), &json!(true)), "{limit}");
             let message = found["damaged"][0]["message"].as_str().unwrap();
             assert!(message.contains(words), "{message}");
         });

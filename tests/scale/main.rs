@@ -145,7 +145,7 @@ async fn a_million_segments_are_looked_through_with_few_requests_and_little_memo
     let segments: Vec<u64> = verified.timelines.iter().map(|timeline| timeline.segments).collect();
     assert_eq!(segments, [SWITCH - BACKUP - 1, other.segments], "nothing from before the backup");
     let [limit] = verified.limited_backups.as_slice() else { panic!("{:?}", verified.limited_backups) };
-    assert_eq!((limit.missing, limit.reachable), (segment(650_000), SIZE.start_of(650_000)));
+    assert_eq!((limit.lacks, limit.reachable), (segment(650_000), SIZE.start_of(650_000)));
     // 100 and 300 pages of segments; the timelines and the backups.
     assert_eq!(store.requests(Operation::List), 402);
     assert_eq!(store.requests(Operation::Get), 4, "cluster.json, the history, that of timeline 1, backup.json");

@@ -46,11 +46,11 @@ struct Needs {
 /// How far recovery of a backup gets on a way.
 #[derive(Clone, Copy, Debug)]
 struct Reach {
-    /// The first segment that isn't there.
-    missing: u64,
-    /// The timeline on which it's missing.
+    /// The first segment that isn't there, or is damaged.
+    end: u64,
+    /// The timeline on which it would have to be.
     on: TimelineId,
-    /// Whether it's needed: later ones of the way's own timeline are there.
+    /// Whether it's needed: it's not just the one that comes after the newest of the way's own timeline.
     hole: bool,
 }
 
@@ -61,11 +61,13 @@ pub struct BackupLimit {
     pub backup: BackupId,
     /// The timelines for which this holds, as targets of the restore.
     pub timelines: Vec<TimelineId>,
-    /// Whether the backup can be restored on these at all: it's consistent before `missing`.
+    /// Whether the backup can be restored on these at all: it's consistent before `lacks`.
     pub restorable: bool,
-    /// The first segment that it lacks.
-    pub missing: SegmentName,
-    /// Where that begins: the end of what can be replayed.
+    /// The first segment that is missing or damaged.
+    pub lacks: SegmentName,
+    /// Whether it's there, but damaged.
+    pub damaged: bool,
+    /// Where it begins: the end of what can be replayed.
     pub reachable: Lsn,
 }
 
@@ -161,15 +163,16 @@ impl Requirements {
         wanted.into_iter().filter_map(listing).collect()
     }
 
-    /// What is missing, from the timelines of [`Requirements::listings`] after all their segments have been found.
-    pub fn check(&self, timelines: Vec<ArchivedWal>) -> Continuity {
+    /// What is missing, from the timelines of [`Requirements::listings`] after all their segments have been found, and
+    /// what that and those of them that are `damaged` mean for the backups.
+    pub fn check(&self, timelines: Vec<ArchivedWal>, damaged: &BTreeSet<SegmentName>) -> Continuity {
         let timelines = timelines.into_iter().map(|wal| (wal.timeline(), wal)).collect();
-        let mut archived = Archived { size: self.size, timelines };
+        let mut archived = Archived { size: self.size, timelines, damaged };
         let mut reaches: Vec<(&Way, &Needs, Reach)> = Vec::new();
         for way in &self.ways {
             reaches.extend(way.backups.iter().map(|backup| (way, backup, archived.reach(way, backup))));
         }
-        let consistent = reaches.iter().filter(|(_, backup, reach)| reach.missing > backup.last);
+        let consistent = reaches.iter().filter(|(_, backup, reach)| reach.end > backup.last);
         let restorable: BTreeSet<BackupId> = consistent.map(|(_, backup, _)| backup.id).collect();
 
         // Whatever else is there: the WAL from the time of a backup itself must be.
@@ -178,14 +181,15 @@ impl Requirements {
         let mut limits: BTreeMap<(BackupId, bool, SegmentName), BackupLimit> = BTreeMap::new();
         for (way, backup, reach) in reaches {
             if reach.hole || lost(way, backup) {
-                let restorable = reach.missing > backup.last;
-                let missing = SegmentName::from_number(reach.on, reach.missing, self.size);
-                let limit = limits.entry((backup.id, restorable, missing)).or_insert_with(|| BackupLimit {
+                let restorable = reach.end > backup.last;
+                let lacks = SegmentName::from_number(reach.on, reach.end, self.size);
+                let limit = limits.entry((backup.id, restorable, lacks)).or_insert_with(|| BackupLimit {
                     backup: backup.id,
                     timelines: Vec::new(),
                     restorable,
-                    missing,
-                    reachable: self.size.start_of(reach.missing),
+                    lacks,
+                    damaged: damaged.contains(&lacks),
+                    reachable: self.size.start_of(reach.end),
                 });
                 limit.timelines.push(way.history.timeline());
             }
@@ -200,12 +204,13 @@ impl Requirements {
     }
 }
 
-struct Archived {
+struct Archived<'a> {
     size: WalSegmentSize,
     timelines: BTreeMap<TimelineId, ArchivedWal>,
+    damaged: &'a BTreeSet<SegmentName>,
 }
 
-impl Archived {
+impl Archived<'_> {
     /// The newest segment of a history's own timeline; `None` if there is none that is needed.
     fn newest(&self, history: &TimelineHistory) -> Option<u64> {
         self.timelines.get(&history.timeline())?.last_number()
@@ -214,16 +219,25 @@ impl Archived {
     /// How far recovery of a backup gets on a way.
     fn reach(&self, way: &Way, backup: &Needs) -> Reach {
         let newest = self.newest(&way.history);
-        let mut reach = Reach { missing: backup.first, on: way.history.timeline(), hole: false };
+        let mut reach = Reach { end: backup.first, on: way.history.timeline(), hole: false };
         for stretch in way.history.stretches(backup.first, self.size) {
             let wal = self.timelines.get(&stretch.timeline);
             let missing = wal.map_or(stretch.first, |wal| wal.first_missing(stretch.first));
-            reach = Reach { missing, on: stretch.timeline, hole: newest.is_some_and(|newest| missing < newest) };
-            if stretch.end.is_none_or(|end| missing < end) {
+            let end =
+                self.first_damaged(stretch.timeline, stretch.first).map_or(missing, |damaged| damaged.min(missing));
+            reach = Reach { end, on: stretch.timeline, hole: newest.is_some_and(|newest| end <= newest) };
+            if stretch.end.is_none_or(|stretch_end| end < stretch_end) {
                 break;
             }
         }
         reach
+    }
+
+    /// The first damaged segment of a timeline from this one on.
+    fn first_damaged(&self, timeline: TimelineId, from: u64) -> Option<u64> {
+        let from = SegmentName::from_number(timeline, from, self.size);
+        let first = self.damaged.range(from..).next().filter(|damaged| damaged.timeline() == timeline);
+        first.and_then(|damaged| damaged.number(self.size))
     }
 
     /// Notes that everything should be there that the way needs to get to the end of the segment with this number.

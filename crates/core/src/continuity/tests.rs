@@ -16,7 +16,12 @@ fn backup(number: i64, timeline: TimelineId, start_lsn: Lsn, stop_lsn: Lsn) -> B
 }
 
 /// The catalog against an archive that has these segments.
-fn check(requirements: &Requirements, there: &BTreeSet<(TimelineId, u64)>, size: WalSegmentSize) -> Continuity {
+fn check(
+    requirements: &Requirements,
+    there: &BTreeSet<(TimelineId, u64)>,
+    damaged: &[(TimelineId, u64)],
+    size: WalSegmentSize,
+) -> Continuity {
     let listings = requirements.listings().into_iter().map(|NeededWal { first, mut wal, .. }| {
         for &(timeline, number) in there {
             let name = SegmentName::from_number(timeline, number, size);
@@ -26,7 +31,8 @@ fn check(requirements: &Requirements, there: &BTreeSet<(TimelineId, u64)>, size:
         }
         wal
     });
-    requirements.check(listings.collect())
+    let damaged = damaged.iter().map(|(timeline, number)| SegmentName::from_number(*timeline, *number, size)).collect();
+    requirements.check(listings.collect(), &damaged)
 }
 
 /// What is said of a catalog with these segments, in words.
@@ -37,7 +43,7 @@ fn said(catalog: &Catalog, only: Option<u32>, segments: &[(u32, &[u64])]) -> Str
         .collect();
     let timelines: Vec<TimelineId> = segments.iter().map(|(timeline, _)| tli(*timeline)).collect();
     let requirements = Requirements::new(catalog, &timelines, SIZE, only.map(tli));
-    let found = check(&requirements, &there, SIZE);
+    let found = check(&requirements, &there, &[], SIZE);
     let mut lines: Vec<String> =
         requirements.without_history().iter().map(|timeline| format!("no history of {timeline}")).collect();
     for wal in &found.timelines {
@@ -51,7 +57,7 @@ fn said(catalog: &Catalog, only: Option<u32>, segments: &[(u32, &[u64])]) -> Str
             limit.backup,
             timelines.join("+"),
             limit.reachable,
-            limit.missing
+            limit.lacks
         ));
     }
     lines.join("\n")
@@ -159,6 +165,7 @@ struct World {
     size: WalSegmentSize,
     catalog: Catalog,
     there: BTreeSet<(TimelineId, u64)>,
+    damaged: Vec<(TimelineId, u64)>,
 }
 
 fn worlds() -> impl Strategy<Value = World> {
@@ -166,7 +173,9 @@ fn worlds() -> impl Strategy<Value = World> {
     let backups = proptest::collection::vec((any::<proptest::sample::Index>(), 0..70u64, 1..10u64), 0..5);
     let lacking = proptest::collection::vec((0..6usize, 0..25u64), 0..6);
     let ends = proptest::collection::vec(0..25u64, 6);
-    (20..=30u32, children, backups, lacking, ends).prop_map(|(log2, children, backups, lacking, ends)| {
+    let damaged = proptest::collection::vec(any::<proptest::sample::Index>(), 0..3);
+    let all = (20..=30u32, children, backups, lacking, ends, damaged);
+    all.prop_map(|(log2, children, backups, lacking, ends, damaged)| {
         let size = WalSegmentSize::new(1 << log2).unwrap();
         let position = |quarters: u64| Lsn::new(quarters * size.bytes() / 4);
         // Each with the lines of its history.
@@ -205,14 +214,16 @@ fn worlds() -> impl Strategy<Value = World> {
                 there.remove(&(*timeline, number));
             }
         }
-        World { size, catalog: Catalog { backups, histories }, there }
+        let nth = |index: proptest::sample::Index| there.iter().nth(index.index(there.len().max(1))).copied();
+        let damaged = damaged.into_iter().filter_map(nth).collect();
+        World { size, catalog: Catalog { backups, histories }, there, damaged }
     })
 }
 
 /// What the restore's planning finds for a backup on the way to a timeline.
 fn facts(world: &World, way: &TimelineHistory, backup: &BackupRecord) -> WalFacts {
     let mut scan = WalScan::new(way.clone(), world.size, backup.start_lsn);
-    for &(timeline, number) in &world.there {
+    for &(timeline, number) in world.there.iter().filter(|segment| !world.damaged.contains(segment)) {
         scan.found(SegmentName::from_number(timeline, number, world.size), Timestamp::UNIX_EPOCH);
     }
     scan.finish()
@@ -221,10 +232,10 @@ fn facts(world: &World, way: &TimelineHistory, backup: &BackupRecord) -> WalFact
 proptest! {
     #[test]
     fn gaps_and_limits_are_those_of_a_naive_model_and_of_the_restores_planning(world in worlds()) {
-        let World { size, catalog, there } = &world;
+        let World { size, catalog, there, damaged } = &world;
         let timelines: Vec<TimelineId> = there.iter().map(|(timeline, _)| *timeline).collect();
         let requirements = Requirements::new(catalog, &timelines, *size, None);
-        let found = check(&requirements, there, *size);
+        let found = check(&requirements, there, damaged, *size);
         prop_assert_eq!(requirements.without_history(), []);
 
         let ways: Vec<TimelineHistory> =
@@ -248,9 +259,9 @@ proptest! {
                 let own_first = size.segment_number(own.begin).max(first);
                 let newest = there.range((own.timeline, own_first)..=(own.timeline, u64::MAX)).next_back();
                 let facts = facts(&world, way, backup);
-                let hole = newest.is_some_and(|(_, newest)| facts.reachable < size.start_of(*newest));
+                let hole = newest.is_some_and(|(_, newest)| facts.reachable <= size.start_of(*newest));
                 if let Some((_, newest)) = newest {
-                    prop_assert_eq!(facts.gap, hole);
+                    prop_assert!(facts.gap == hole || !damaged.is_empty());
                     needed.extend(need(way, *newest));
                 }
                 let lost_here = lost && way.timeline() == backup.timeline;
@@ -265,8 +276,10 @@ proptest! {
         }
         let mut said = BTreeSet::new();
         for limit in &found.limits {
+            let lacks = (limit.lacks.timeline(), limit.lacks.number(*size).unwrap());
+            prop_assert_eq!((limit.damaged, there.contains(&lacks)), (damaged.contains(&lacks), limit.damaged));
             for timeline in &limit.timelines {
-                said.insert((limit.backup, *timeline, limit.restorable, limit.missing, limit.reachable));
+                said.insert((limit.backup, *timeline, limit.restorable, limit.lacks, limit.reachable));
             }
         }
         prop_assert_eq!(said, limits);
