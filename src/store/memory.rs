@@ -48,10 +48,10 @@ impl MemoryStore {
         MemoryStore::default()
     }
 
-    /// Puts objects there that have this size and no bytes, all of this moment. They can be listed and looked at; to
+    /// Puts objects there that have this size and no bytes, all taken at this time. They can be listed and looked at; to
     /// read one is an error. Not counted as requests.
-    pub fn fill(&self, keys: impl IntoIterator<Item = ObjectKey>, size: u64) {
-        let info = ObjectInfo { size, content: None, modified: jiff::Timestamp::now() };
+    pub fn fill(&self, keys: impl IntoIterator<Item = ObjectKey>, size: u64, modified: jiff::Timestamp) {
+        let info = ObjectInfo { size, content: None, modified };
         let object = Arc::new(Object { info, bytes: None });
         let mut state = self.lock();
         state.objects.extend(keys.into_iter().map(|key| (key.to_string(), object.clone())));

@@ -22,6 +22,7 @@ use pgsidecar_core::{
 use serde::Serialize;
 use tokio::task::JoinSet;
 
+use super::arriving::Arriving;
 use crate::{
     failure::{Code, Failure},
     repository::{ClusterRecord, Repository},
@@ -131,6 +132,7 @@ pub async fn verify(
     }
     let requirements = Requirements::new(&catalog, &timelines, size, options.timeline);
     let mut reader = (options.readers > 0).then(|| Reader::new(repository, &cluster, options.readers, progress));
+    let mut arriving = Arriving::default();
     let (mut verified, mut archived, mut foreign_objects) = (Vec::new(), Vec::new(), 0);
     for NeededWal { first, end, mut wal } in requirements.listings() {
         let mut pages = repository.list_wal_from(first);
@@ -141,10 +143,14 @@ pub async fn verify(
                 if end.is_some_and(|end| segment >= end) {
                     break 'pages;
                 }
-                wal.found(segment, found.listed.size, found.listed.modified);
-                progress.listed.fetch_add(1, Relaxed);
-                if let Some(reader) = &mut reader {
-                    reader.read(segment).await?;
+                let mut come = arriving.look(repository, &wal, segment, found.listed.modified, size).await?;
+                come.push((segment, found.listed.size, found.listed.modified));
+                for (segment, stored_bytes, stored_at) in come {
+                    wal.found(segment, stored_bytes, stored_at);
+                    progress.listed.fetch_add(1, Relaxed);
+                    if let Some(reader) = &mut reader {
+                        reader.read(segment).await?;
+                    }
                 }
             }
         }

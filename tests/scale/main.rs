@@ -47,7 +47,7 @@ fn is_missing(number: u64) -> bool {
 }
 
 fn backup(system: SystemIdentifier) -> BackupRecord {
-    let began: jiff::Timestamp = "2026-11-21T06:15:00Z".parse().unwrap();
+    let began: jiff::Timestamp = "2026-11-01T06:15:00Z".parse().unwrap();
     let object = StoredObject { size: 1, sha256: Sha256Digest::of(b"") };
     BackupRecord {
         format: BACKUP_FORMAT,
@@ -81,7 +81,8 @@ async fn archive() -> (Repository, MemoryStore) {
     let system = SystemIdentifier::new(7_575_002_186_531_184_001);
     let layout = Layout::new("shop/orders".parse().unwrap(), system);
     let keys = (0..SEGMENTS).filter(|number| !is_missing(*number));
-    store.fill(keys.map(|number| layout.wal(&ArchiveFileName::Segment(segment(number)))), STORED_BYTES);
+    let long_ago = "2026-11-01T06:15:00Z".parse().unwrap();
+    store.fill(keys.map(|number| layout.wal(&ArchiveFileName::Segment(segment(number)))), STORED_BYTES, long_ago);
     let repository = Repository::new(Arc::new(store.clone()), layout, 1);
     repository.note_cluster(SIZE).await.unwrap();
     let history = format!("1\t{}\tno recovery target specified\n", SIZE.start_of(SWITCH));

@@ -43,6 +43,12 @@ impl SegmentRange {
     pub fn segments(&self) -> u64 {
         self.segments
     }
+
+    /// Each of them, if they are segments of this size.
+    pub fn names(&self, size: WalSegmentSize) -> impl Iterator<Item = SegmentName> {
+        let last = self.last;
+        std::iter::successors(Some(self.first), move |name| name.next(size)).take_while(move |name| *name <= last)
+    }
 }
 
 /// `000000010000000000000007 to 000000010000000000000009 (3 segments)`
@@ -145,6 +151,13 @@ impl ArchivedWal {
         self.stored_bytes = self.stored_bytes.saturating_add(stored_bytes);
         let (oldest, newest) = self.stored_at.unwrap_or((stored_at, stored_at));
         self.stored_at = Some((oldest.min(stored_at), newest.max(stored_at)));
+    }
+
+    /// What would be missing if this segment came next.
+    pub fn gap_before(&self, segment: SegmentName) -> Option<SegmentRange> {
+        let number = segment.number(self.size).filter(|_| segment.timeline() == self.timeline)?;
+        let wanted = self.end.is_none_or(|end| number < end) && self.expected.is_some_and(|expected| number > expected);
+        SegmentRange::new(self.timeline, self.expected?, number.checked_sub(1)?, self.size).filter(|_| wanted)
     }
 
     /// Everything before the segment with this number should have come by now; what hasn't is a gap.
@@ -251,6 +264,7 @@ mod tests {
     fn numbers(ranges: impl Iterator<Item = SegmentRange>, size: WalSegmentSize) -> Vec<u64> {
         ranges
             .flat_map(|range| {
+                assert_eq!(range.names(size).count() as u64, range.segments());
                 let (first, last) = (range.first().number(size).unwrap(), range.last().number(size).unwrap());
                 assert_eq!(range.segments(), last - first + 1);
                 first..=last
@@ -318,5 +332,9 @@ mod tests {
         assert_eq!((wal.segments(), wal.misnamed(), wal.gaps()), (2, 1, 0));
         let ranges: Vec<String> = wal.ranges().map(|range| range.to_string()).collect();
         assert_eq!(ranges, ["000000010000000000000007 to 000000010000000000000008 (2 segments)"]);
+        let name = |timeline, number| SegmentName::from_number(TimelineId::new(timeline).unwrap(), number, size);
+        let gap = wal.gap_before(name(1, 12)).unwrap();
+        assert!(gap.names(size).eq([9, 10, 11].map(|number| name(1, number))));
+        assert_eq!([name(1, 9), name(1, 3), name(2, 12)].map(|next| wal.gap_before(next)), [None; 3]);
     }
 }
