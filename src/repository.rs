@@ -3,6 +3,8 @@
 //! Guarantees: creating is idempotent. The same content again is a success, other content under the same name
 //! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
 
+mod listing;
+
 use std::{io::Write, sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -11,11 +13,12 @@ use pgsidecar_core::{
     TimelineHistory, TimelineId, WalSegmentSize,
     backup::{BACKUP_FORMAT, StoredObject},
     layout::{BackupObject, RepositoryObject},
-    plan::{Catalog, WalScan},
+    plan::Catalog,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinHandle};
 
+pub use self::listing::{ListedWal, WalListing};
 use crate::{
     codec::{self, ChannelReader, Compressed},
     failure::{Code, Failure},
@@ -499,6 +502,17 @@ impl Repository {
         Ok(self.read_plain(&key, Vec::new()).await?.map(|(bytes, _)| bytes))
     }
 
+    /// A timeline's history, if the repository has its file.
+    ///
+    /// # Errors
+    /// The store's; [`Code::Damaged`].
+    pub async fn history(&self, timeline: TimelineId) -> Result<Option<TimelineHistory>, Failure> {
+        let Some(bytes) = self.history_file(timeline).await? else { return Ok(None) };
+        let parsed = TimelineHistory::parse(timeline, &bytes);
+        let name = ArchiveFileName::History(timeline);
+        parsed.map(Some).map_err(|error| damaged(&name.to_string(), &error.to_string()))
+    }
+
     /// Backups and timeline histories: what a restore is planned from.
     ///
     /// # Errors
@@ -506,38 +520,9 @@ impl Repository {
     pub async fn catalog(&self) -> Result<Catalog, Failure> {
         let mut histories = Vec::new();
         for timeline in self.timelines().await? {
-            if let Some(bytes) = self.history_file(timeline).await? {
-                let history = TimelineHistory::parse(timeline, &bytes)
-                    .map_err(|error| damaged(&ArchiveFileName::History(timeline).to_string(), &error.to_string()))?;
-                histories.push(history);
-            }
+            histories.extend(self.history(timeline).await?);
         }
         Ok(Catalog { backups: self.backups().await?, histories })
-    }
-
-    /// Lists WAL into a scan, until it `reaches` a point or the archive ends.
-    ///
-    /// # Errors
-    /// The store's.
-    pub async fn scan_wal(&self, mut scan: WalScan, until: Option<pgsidecar_core::Lsn>) -> Result<WalScan, Failure> {
-        for first in scan.listings() {
-            // '/' sorts below every digit, so 'after' the directory's own prefix of the name is before the segment.
-            let first_key = self.layout.wal(&ArchiveFileName::Segment(first));
-            let after = first_key.as_str().strip_suffix(".zst").unwrap_or(first_key.as_str()).to_owned();
-            let request = ListRequest::under(self.layout.timeline_prefix(first.timeline())).after(after);
-            let mut pages = Pages::new(&*self.store, request);
-            while let Some(page) = pages.next().await? {
-                for object in page.objects {
-                    if let Some(segment) = self.layout.parse(&object.key).and_then(|object| object.segment()) {
-                        scan.found(segment, object.modified);
-                    }
-                }
-                if until.is_some_and(|lsn| scan.reaches(lsn)) {
-                    return Ok(scan);
-                }
-            }
-        }
-        Ok(scan)
     }
 }
 

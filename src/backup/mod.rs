@@ -382,8 +382,8 @@ fn unacknowledged(pgdata: &DataDirectory, record: &BackupRecord) -> Option<Segme
 
 async fn history_of(repository: &Repository, timeline: TimelineId) -> Result<TimelineHistory, Failure> {
     let name = ArchiveFileName::History(timeline);
-    match repository.history_file(timeline).await? {
-        Some(bytes) => TimelineHistory::parse(timeline, &bytes).map_err(|error| crate::repository::damaged(&name.to_string(), &error.to_string())),
+    match repository.history(timeline).await? {
+        Some(history) => Ok(history),
         None if timeline == TimelineId::FIRST => Ok(TimelineHistory::first(timeline)),
         None => Err(Failure::new(Code::DataDirectory, format!("the timeline history {name} is neither in the repository nor in pg_wal"))
             .hint("Without it no restore can follow the timeline. Copy it from another server of the cluster into pg_wal and try again.")),

@@ -6,6 +6,7 @@ pub mod check;
 pub mod output;
 pub mod restore;
 pub mod status;
+pub mod wal;
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
@@ -30,7 +31,7 @@ use crate::{
     0  done\n   \
     1  failed, or refused\n   \
     2  wrong usage\n  \
-    65  the recovery target can't be reached, or data is damaged\n  \
+    65  the recovery target can't be reached, or data is damaged or missing\n  \
     69  the store, PostgreSQL or the daemon is unavailable\n  \
     70  a bug\n  \
     73  the directory to restore to can't be used\n  \
@@ -63,6 +64,9 @@ enum Command {
     /// Restore to a new directory, to any point in time
     #[command(subcommand)]
     Restore(restore::RestoreCommand),
+    /// Archived WAL: what is there, and whether it is whole
+    #[command(subcommand)]
+    Wal(wal::WalCommand),
 }
 
 /// How results are printed.
@@ -115,6 +119,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Status(args) => status::run(settings, args).await.map(done),
         Command::Backup(command) => backup::run(settings, command).await.map(done),
         Command::Restore(command) => restore::run(settings, command).await.map(done),
+        Command::Wal(command) => wal::run(settings, command).await,
     }
 }
 

@@ -25,6 +25,7 @@ pub mod fault;
 mod local;
 mod local_io;
 mod local_walk;
+mod memory;
 mod s3;
 mod s3_config;
 mod s3_delete;
@@ -39,6 +40,7 @@ use pgsidecar_core::{ContentId, ObjectKey};
 
 pub use error::{StoreError, StoreErrorKind};
 pub use local::LocalStore;
+pub use memory::MemoryStore;
 pub use s3::S3Store;
 pub use s3_config::{S3Config, StaticCredentials};
 pub use s3_upload::part_size;

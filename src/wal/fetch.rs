@@ -22,7 +22,6 @@ use std::{
 
 use pgsidecar_core::{
     ArchiveFileName, ObjectKey, SegmentName, SystemIdentifier, WalHeader, WalSegmentSize, check_segment,
-    layout::RepositoryObject,
 };
 use tokio::{
     sync::{Semaphore, watch},
@@ -329,16 +328,7 @@ impl Shared {
         if let Some(known) = self.clusters.lock().ok().and_then(|known| known.get(&system).cloned()) {
             return Ok(known);
         }
-        let record: ClusterRecord = repository.read_json(&RepositoryObject::Cluster).await?.ok_or_else(|| {
-            let cluster = repository.layout().cluster();
-            Failure::new(
-                Code::WrongCluster,
-                format!(
-                    "the repository has nothing of a database with system identifier {system} under the name {cluster}"
-                ),
-            )
-            .hint("Check PGSIDECAR_REPOSITORY and PGSIDECAR_CLUSTER. PostgreSQL isn't told that its archive ends here.")
-        })?;
+        let record = repository.known_cluster().await?;
         if let Ok(mut known) = self.clusters.lock() {
             known.insert(system, record.clone());
         }

@@ -1,6 +1,7 @@
-//! WAL on its way to the repository and back.
+//! WAL on its way to the repository and back, and what there is of it.
 
 pub mod archive;
+mod arriving;
 mod check;
 pub mod fetch;
 pub mod lookahead;
@@ -8,7 +9,9 @@ pub mod owner;
 pub mod shutdown;
 pub mod spool;
 pub mod statistics;
+pub mod survey;
 mod tail;
+pub mod verify;
 
 use pgsidecar_core::ControlFile;
 

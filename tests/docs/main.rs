@@ -89,6 +89,7 @@ fn codes() -> Vec<Code> {
         NotFound,
         NotInArchive,
         Conflict,
+        NotOwner,
         InvalidSegment,
         WrongCluster,
         TooLarge,
@@ -110,8 +111,8 @@ fn codes() -> Vec<Code> {
     ];
     for code in &all {
         match code {
-            InvalidRequest | InvalidName | NotFound | NotInArchive | Conflict | InvalidSegment | WrongCluster
-            | TooLarge | Forbidden | Misconfigured | DataDirectory | StoreUnavailable | StoreDenied
+            InvalidRequest | InvalidName | NotFound | NotInArchive | Conflict | NotOwner | InvalidSegment
+            | WrongCluster | TooLarge | Forbidden | Misconfigured | DataDirectory | StoreUnavailable | StoreDenied
             | PostgresUnavailable | DaemonUnavailable | Busy | Stopping | Timeout | TargetUnreachable | Damaged
             | TargetDirectory | Io | Internal => {}
         }

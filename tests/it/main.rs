@@ -18,3 +18,4 @@ mod restore_refusals;
 mod server;
 mod support;
 mod wal_restoring;
+mod wal_verify;

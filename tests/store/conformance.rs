@@ -4,7 +4,8 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use pgsidecar::store::{
-    ByteRange, ConditionalCreation, Creation, ListPage, ListRequest, LocalStore, S3Store, Store, StoreErrorKind,
+    ByteRange, ConditionalCreation, Creation, ListPage, ListRequest, LocalStore, MemoryStore, S3Store, Store,
+    StoreErrorKind,
     fault::{FaultPlan, FaultStore},
 };
 use pgsidecar_core::ContentId;
@@ -40,6 +41,10 @@ async fn faulty() -> Fixture {
     Fixture { store, server: None, directory: Some(directory) }
 }
 
+async fn memory() -> Fixture {
+    Fixture { store: Arc::new(MemoryStore::new()), server: None, directory: None }
+}
+
 async fn s3() -> Fixture {
     let server = Server::start();
     let store = Arc::new(S3Store::new(server.config()).await);
@@ -58,6 +63,12 @@ macro_rules! conformance {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $test() {
                 super::$test(super::faulty().await).await;
+            })*
+        }
+        mod memory_store {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $test() {
+                super::$test(super::memory().await).await;
             })*
         }
         mod s3_server {

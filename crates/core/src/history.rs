@@ -33,6 +33,17 @@ pub struct TimelineSpan {
     pub end: Option<Lsn>,
 }
 
+/// Consecutive segments that recovery along a history reads from one timeline's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentStretch {
+    /// The timeline in whose files they are.
+    pub timeline: TimelineId,
+    /// The number of the first one.
+    pub first: u64,
+    /// The number after the last one, always greater than `first`; `None` for the history's own timeline.
+    pub end: Option<u64>,
+}
+
 /// The history of a timeline: itself, and the parts of its ancestors that lead to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TimelineHistory {
@@ -140,6 +151,22 @@ impl TimelineHistory {
         self.spans.iter().rev().find(begins_by_then).map(|span| span.timeline)
     }
 
+    /// The segments from number `from` on, each on its [`TimelineHistory::timeline_of_segment`]: oldest first, without
+    /// gaps. Timelines of which no segment is read are left out.
+    pub fn stretches(&self, from: u64, size: WalSegmentSize) -> impl Iterator<Item = SegmentStretch> {
+        self.spans.iter().filter_map(move |span| {
+            let first = size.segment_number(span.begin).max(from);
+            let end = span.end.map(|end| size.segment_number(end));
+            end.is_none_or(|end| first < end).then_some(SegmentStretch { timeline: span.timeline, first, end })
+        })
+    }
+
+    /// Where this timeline was begun, and the timeline whose WAL leads there. `None` if it has no ancestors.
+    pub fn origin(&self) -> Option<(TimelineId, Lsn)> {
+        let before = self.spans.iter().rev().skip(1).find(|span| span.end != Some(span.begin));
+        before.and_then(|span| Some((span.timeline, span.end?)))
+    }
+
     fn span(&self, timeline: TimelineId) -> Option<&TimelineSpan> {
         self.spans.iter().find(|span| span.timeline == timeline)
     }
@@ -196,6 +223,8 @@ mod tests {
         assert!(!history.contains(timeline(1), lsn("0/1000000")));
         assert!(!history.contains(timeline(2), lsn("0/1000060")));
         assert!(!history.contains(timeline(2), lsn("0/E72DF8")));
+        assert_eq!(history.origin(), Some((timeline(1), lsn("0/E72DF8"))));
+        assert_eq!(TimelineHistory::first(timeline(1)).origin(), None);
     }
 
     #[test]
@@ -271,6 +300,22 @@ mod tests {
             let segment = size.segment_number(position);
             let newest = entries.iter().rev().find(|(begin, _)| size.segment_number(*begin) <= segment).unwrap().1;
             prop_assert_eq!(history.timeline_of_segment(segment, size), Some(newest));
+        }
+
+        #[test]
+        fn stretches_are_the_segments_where_recovery_looks_for_them(
+            ancestors in ancestors(), from in 0..200u64, ahead in 0..200u64,
+        ) {
+            let history = TimelineHistory::new(timeline(1000), &ancestors);
+            let size = WalSegmentSize::new(1 << 20).unwrap();
+            let stretches: Vec<_> = history.stretches(from, size).collect();
+            prop_assert_eq!(stretches[0].first, from);
+            for pair in stretches.windows(2) {
+                prop_assert_eq!(pair[0].end, Some(pair[1].first));
+                prop_assert!(pair[0].first < pair[1].first);
+            }
+            let at = stretches.iter().rev().find(|stretch| stretch.first <= from + ahead).unwrap();
+            prop_assert_eq!(history.timeline_of_segment(from + ahead, size), Some(at.timeline));
         }
 
         #[test]

@@ -2,10 +2,12 @@
 //! from them. No I/O, no clock, no runtime: the dependency list proves it.
 
 mod archive_file;
+mod archived_wal;
 pub mod backup;
 pub mod backup_label;
 pub mod backup_manifest;
 mod content;
+pub mod continuity;
 mod control_file;
 pub mod data_directory;
 mod history;
@@ -22,10 +24,11 @@ mod wal_header;
 mod wal_pages;
 
 pub use archive_file::{ArchiveFileName, ParseArchiveFileNameError};
+pub use archived_wal::{ArchivedWal, MAX_GAPS, SegmentRange};
 pub use backup::{BackupId, BackupKind, BackupRecord};
 pub use content::{ContentId, Sha256Digest};
 pub use control_file::{ClusterState, ControlFile, ControlFileError};
-pub use history::{HistoryError, TimelineHistory, TimelineSpan};
+pub use history::{HistoryError, SegmentStretch, TimelineHistory, TimelineSpan};
 pub use id::{ParseIdError, SystemIdentifier, TimelineId};
 pub use key::{InvalidKey, ObjectKey};
 pub use layout::Layout;

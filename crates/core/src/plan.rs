@@ -12,8 +12,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId, TimelineSpan, WalSegmentSize,
-    recovery::RecoveryTarget,
+    BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId, WalSegmentSize, recovery::RecoveryTarget,
 };
 
 /// What a restore was asked for.
@@ -274,21 +273,10 @@ impl WalScan {
         WalScan { history, size, expected: size.segment_number(from), last: None, gap: false }
     }
 
-    /// The timelines that the way really uses: a history can name some of which nothing remains.
-    fn spans(&self) -> impl Iterator<Item = &TimelineSpan> {
-        self.history.spans().iter().filter(|span| span.end != Some(span.begin))
-    }
-
     /// The timelines to list, oldest first, with the first segment that can be of interest on each.
     pub fn listings(&self) -> Vec<SegmentName> {
-        let ahead = |span: &&TimelineSpan| span.end.is_none_or(|end| self.size.segment_number(end) >= self.expected);
-        self.spans()
-            .filter(ahead)
-            .map(|span| {
-                let first = self.size.segment_number(span.begin).max(self.expected);
-                SegmentName::from_number(span.timeline, first, self.size)
-            })
-            .collect()
+        let stretches = self.history.stretches(self.expected, self.size);
+        stretches.map(|stretch| SegmentName::from_number(stretch.timeline, stretch.first, self.size)).collect()
     }
 
     /// Takes note of a segment. Segments of one timeline must come in order, timelines from the oldest on.
@@ -415,4 +403,4 @@ impl RestorePlan {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pgsidecar::store::{ByteRange, ListRequest, LocalStore, Pages, S3Store, Store};
+use pgsidecar::store::{ByteRange, Creation, ListRequest, LocalStore, Pages, S3Store, Store};
 use pgsidecar_core::{ContentId, ObjectKey};
 
 use super::Repository;
@@ -51,6 +51,18 @@ impl Look {
             let content = download.info.content;
             (download.bytes(u64::MAX).await.unwrap().to_vec(), content)
         })
+    }
+
+    /// Removes an object, as somebody who shouldn't.
+    pub fn remove(&self, key: &ObjectKey) {
+        assert!(self.runtime.block_on(self.store.delete(std::slice::from_ref(key))).unwrap().is_empty());
+    }
+
+    /// Puts an object there, or another in its place.
+    pub fn put(&self, key: &ObjectKey, bytes: Vec<u8>, content: Option<ContentId>) {
+        self.remove(key);
+        let created = self.runtime.block_on(self.store.create(key, bytes.into(), content.as_ref())).unwrap();
+        assert_eq!(created, Creation::Created);
     }
 
     /// The only object whose key contains this, as text.

@@ -5,9 +5,9 @@ use crate::{
 };
 use proptest::prelude::*;
 
-const SIZE: WalSegmentSize = WalSegmentSize::DEFAULT;
+pub(crate) const SIZE: WalSegmentSize = WalSegmentSize::DEFAULT;
 
-fn tli(number: u32) -> TimelineId {
+pub(crate) fn tli(number: u32) -> TimelineId {
     TimelineId::new(number).unwrap()
 }
 
@@ -16,12 +16,12 @@ fn at(second: i64) -> Timestamp {
 }
 
 /// An LSN in the middle of a segment.
-fn lsn(segment: u64) -> Lsn {
+pub(crate) fn lsn(segment: u64) -> Lsn {
     Lsn::new(segment * SIZE.bytes() + 4096)
 }
 
 /// A backup that begins in one segment and ends in another; one second is one segment.
-fn backup(timeline: u32, start: u64, stop: u64) -> BackupRecord {
+pub(crate) fn backup(timeline: u32, start: u64, stop: u64) -> BackupRecord {
     let object = StoredObject { size: 1, sha256: Sha256Digest::of(b"") };
     let second = i64::try_from(stop).unwrap();
     BackupRecord {
@@ -50,7 +50,7 @@ fn backup(timeline: u32, start: u64, stop: u64) -> BackupRecord {
     }
 }
 
-fn history(timeline: u32, lines: &[(u32, Lsn)]) -> TimelineHistory {
+pub(crate) fn history(timeline: u32, lines: &[(u32, Lsn)]) -> TimelineHistory {
     let text: String = lines.iter().map(|(tli, lsn)| format!("{tli}\t{lsn}\treason\n\n")).collect();
     TimelineHistory::parse(tli(timeline), text.as_bytes()).unwrap()
 }
