@@ -275,6 +275,16 @@ impl Session {
         get::<i64>(&row, 0).ok().and_then(|bytes| u64::try_from(bytes).ok())
     }
 
+    /// How far a standby has replayed; `None` on a primary.
+    ///
+    /// # Errors
+    /// What PostgreSQL says.
+    pub async fn replayed(&self) -> Result<Option<Lsn>, Failure> {
+        let sql = "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()::text END";
+        let row = self.row(sql, &[], STATEMENT_TIMEOUT).await?;
+        get::<Option<String>>(&row, 0)?.map(|text| text.parse().map_err(Failure::internal)).transpose()
+    }
+
     /// Makes PostgreSQL begin a new WAL segment; answers with the name of the one that it left.
     ///
     /// # Errors

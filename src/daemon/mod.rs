@@ -48,6 +48,7 @@ use crate::{
         fetch::{FetchRequest, Fetcher},
         lookahead, shutdown,
         spool::{self, Spool, Spooled},
+        standby,
     },
 };
 
@@ -386,7 +387,9 @@ async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
         }
         tokio::time::sleep(RETRY_START_WORK).await;
     }
-    lookahead::run(app.archiver.clone(), &*app, stop).await;
+    let Ok(work) = app.work() else { return };
+    let received = standby::run(app.archiver.clone(), &*app, &work.settings.connection, stop.clone());
+    tokio::join!(lookahead::run(app.archiver.clone(), &*app, stop), received);
 }
 
 /// The first signal stops in order, the second at once.

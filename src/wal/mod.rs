@@ -8,6 +8,7 @@ pub mod lookahead;
 pub mod owner;
 pub mod shutdown;
 pub mod spool;
+pub mod standby;
 pub mod statistics;
 pub mod survey;
 mod tail;

@@ -19,6 +19,7 @@ mod lsn;
 pub mod plan;
 pub mod recovery;
 pub mod settings;
+pub mod standby;
 mod wal;
 mod wal_header;
 mod wal_pages;
