@@ -72,14 +72,6 @@ fn settings_and_signal_files_of_a_backup_do_not_count_pg17() {
     settings_and_signal_files_of_a_backup_do_not_count(17);
 }
 
-/// A daemon beside another server of the same scratch.
-fn second_sidecar(scratch: &Scratch, postgres: &Postgres, repository: &Repository) -> Sidecar {
-    let mut sidecar = Sidecar::new(scratch, postgres, repository);
-    sidecar.set("PGSIDECAR_CONTROL_SOCKET", text(&scratch.path().join("second.sock")));
-    sidecar.set("PGSIDECAR_SPOOL", text(&scratch.path().join("second-spool")));
-    sidecar
-}
-
 #[test]
 fn a_backup_of_a_streaming_standby_is_restored_and_promotes_pg15() {
     let scratch = Scratch::new();
@@ -93,7 +85,7 @@ fn a_backup_of_a_streaming_standby_is_restored_and_promotes_pg15() {
     wait_until("the standby streams", Duration::from_secs(30), || {
         primary.sql("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'") == "1"
     });
-    let mut beside_standby = second_sidecar(&scratch, &standby, &repository);
+    let mut beside_standby = Sidecar::second(&scratch, &standby, &repository);
     beside_standby.set("PGSIDECAR_BACKUP_WAL_TIMEOUT", "2s");
     beside_standby.start();
 

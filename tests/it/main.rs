@@ -9,6 +9,7 @@ mod brought_along;
 mod by_hand;
 mod crash;
 mod daemon;
+mod failover;
 mod memory;
 mod misconfiguration;
 mod outage;

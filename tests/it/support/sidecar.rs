@@ -59,6 +59,13 @@ impl Sidecar {
         }
     }
 
+    /// A daemon beside another server of the same scratch.
+    pub fn second(scratch: &Scratch, postgres: &Postgres, repository: &Repository) -> Sidecar {
+        let mut sidecar = Sidecar::new(scratch, postgres, repository);
+        sidecar.set("PGSIDECAR_CONTROL_SOCKET", scratch.path().join("second.sock").to_str().unwrap());
+        sidecar
+    }
+
     /// Sets or replaces a variable of its environment.
     pub fn set(&mut self, name: &str, value: &str) {
         self.environment.retain(|(known, _)| known != name);
