@@ -4,7 +4,8 @@
 //! daemon who says it. PostgreSQL repeats a failed command by itself, so there is no long waiting here: a daemon
 //! that isn't there is given a moment to restart, and one that says no is believed. That moment is short on
 //! purpose: the temporary server of the official image archives too, perhaps before there is a daemon, and is
-//! stopped within a time limit.
+//! stopped within 60 s, in which PostgreSQL tries up to six times. It listens on no address, and where that is so, all
+//! of it is over within [`LIMIT_WITHOUT_ADDRESS`]; the daemon's upload goes on.
 
 use std::{
     fs::{self, File},
@@ -26,10 +27,13 @@ use crate::{
 /// How long a daemon that can't be reached is tried.
 const ABSENCE_LIMIT: Duration = Duration::from_secs(2);
 const RECONNECT_EVERY: Duration = Duration::from_millis(250);
+/// How long a server is kept waiting that listens on no address.
+const LIMIT_WITHOUT_ADDRESS: Duration = Duration::from_secs(5);
 
 /// Archives the file and returns the exit code: 0 when it is durable, otherwise 1.
 pub fn archive(file: &FileName, address: SocketAddr, timeout: Duration, world: &mut World<'_>) -> u8 {
     let target = format!("/v1/wal/{file}/archive{}", asker(file, world.cwd));
+    let timeout = if listens_on_no_address(world.cwd) { timeout.min(LIMIT_WITHOUT_ADDRESS) } else { timeout };
     let problem = match send(&target, address, timeout) {
         Ok(response) if matches!(response.status(), 200 | 204) => return 0,
         Ok(response) => Problem::from_response(response, address),
@@ -37,6 +41,12 @@ pub fn archive(file: &FileName, address: SocketAddr, timeout: Duration, world: &
     };
     problem.report(&format!("archive {file}"), "", world);
     EXIT_FAILED
+}
+
+/// Whether `listen_addresses` is empty: the sixth line of `postmaster.pid` (`src/include/utils/pidfile.h`).
+fn listens_on_no_address(data: &Path) -> bool {
+    let pid_file = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
+    pid_file.lines().nth(5).is_some_and(|address| address.trim().is_empty())
 }
 
 /// Who asks, as a query: the daemon reads the file from the data directory that it knows, and must not acknowledge that
@@ -83,6 +93,21 @@ mod tests {
 
     fn archive_with(answer: &str) -> Run {
         archive_at(Server::start([Answer::daemon(answer)]).address, "1")
+    }
+
+    #[test]
+    fn the_temporary_server_of_an_image_is_not_kept_waiting() {
+        for (listen, least, most) in [("", 5, 7), ("*", 8, 12)] {
+            let data = pgdata();
+            let pid_file = format!("71\n/data\n1763714000\n5432\n/tmp\n{listen}\n  12 34\nready   \n");
+            fs::write(data.path().join("postmaster.pid"), pid_file).unwrap();
+            let started = Instant::now();
+            let address = Server::start([Answer::BlackHole]).address.to_string();
+            let run = run_in(&["archive", "--timeout", "8", PATH], &[("PGSIDECAR_ADDRESS", &address)], &data);
+            assert_eq!(run.code, 1);
+            let took = started.elapsed();
+            assert!((Duration::from_secs(least)..Duration::from_secs(most)).contains(&took), "{listen:?} {took:?}");
+        }
     }
 
     #[test]
