@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     options::TOOLS,
-    run::{Bench, Outcome, say},
+    run::{BUSY, Bench, Outcome, say},
     tools::Tool,
     works::Work,
 };
@@ -121,7 +121,7 @@ impl Report {
         }
         let busiest = TOOLS.iter().filter_map(|tool| of_tool(tool)).flatten().map(|outcome| outcome.background);
         let busiest = busiest.fold(0.0, f64::max);
-        if busiest > 0.1 {
+        if busiest > BUSY {
             println!("  CAUTION: before a run, {:.0} % of the machine were busy with something else.", busiest * 100.0);
         }
     }

@@ -21,6 +21,9 @@ pub const MAJOR: u32 = 18;
 /// No run may take longer.
 pub const PATIENCE: Duration = Duration::from_secs(15 * 60);
 
+/// With more than this share of the machine taken by others, figures say little.
+pub const BUSY: f64 = 0.08;
+
 /// What all runs share.
 pub struct Bench {
     pub options: Options,
@@ -146,6 +149,14 @@ pub struct Outcome {
     pub background: f64,
 }
 
+/// Has the server on this data directory read its configuration again.
+pub fn reload(data: &Path) {
+    let lines = fs::read_to_string(data.join("postmaster.pid")).unwrap();
+    let pid = lines.lines().next().unwrap().parse().unwrap();
+    let postmaster = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(postmaster, rustix::process::Signal::HUP).unwrap();
+}
+
 /// The names of the segments in `pg_wal` that wait to be archived, in order.
 pub fn segments_ready(data: &Path) -> Vec<String> {
     let mut names = ready(data);
@@ -160,13 +171,20 @@ pub fn ready(data: &Path) -> Vec<String> {
     entries.filter_map(|entry| Some(entry.unwrap().file_name().to_str()?.strip_suffix(".ready")?.to_owned())).collect()
 }
 
-/// Looks at the machine before a run, and says so when others use it.
+/// Looks at the machine before a run. Waits a while for others to end, and says so when they don't.
 pub fn background() -> f64 {
-    let load = machine::background_load();
-    if load > 0.1 {
-        say(&format!("{:.0} % of the machine are busy with something else; the figures will be poor", load * 100.0));
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        let load = machine::background_load();
+        if load <= BUSY {
+            return load;
+        }
+        if Instant::now() >= end {
+            say(&format!("{:.0} % of the machine are busy with something else", load * 100.0));
+            return load;
+        }
+        std::thread::sleep(Duration::from_secs(1));
     }
-    load
 }
 
 /// Waits until a condition holds, looking often. The log is shown if it doesn't come true.

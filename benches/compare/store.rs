@@ -43,6 +43,11 @@ impl Store {
         self.port
     }
 
+    /// The server itself, without TLS.
+    pub fn plain_endpoint(&self) -> String {
+        self.server.endpoint()
+    }
+
     pub fn endpoint(&self) -> String {
         format!("https://localhost:{}", self.port)
     }

@@ -19,6 +19,27 @@ impl Pgsidecar {
         helper
     }
 
+    /// The daemon of this place, with the store at this endpoint.
+    pub fn daemon(place: &Place, endpoint: &str) -> Daemon {
+        let path = |name: &str| place.directory.join(name).display().to_string();
+        let mut daemon = command(Sidecar::program());
+        daemon
+            .arg("run")
+            .envs(aws(place))
+            .env("AWS_ENDPOINT_URL_S3", endpoint)
+            .env("SSL_CERT_FILE", place.store.certificates())
+            .env("PGSIDECAR_REPOSITORY", format!("s3://{}/{}", place.store.bucket(), place.repository))
+            .env("PGDATA", &place.data)
+            .env("PGHOST", &place.socket)
+            .env("PGUSER", "postgres")
+            .env("PGSIDECAR_WAL_LISTEN", format!("127.0.0.1:{}", place.port))
+            .env("PGSIDECAR_HEALTH_LISTEN", "127.0.0.1:0")
+            .env("PGSIDECAR_CONTROL_SOCKET", path("control.sock"))
+            .env("PGSIDECAR_SPOOL", path("spool"))
+            .env("PGSIDECAR_HELPER", Sidecar::helper());
+        Daemon::start(place, daemon)
+    }
+
     fn call(place: &Place, arguments: &str) -> String {
         format!("{} --address 127.0.0.1:{} {arguments}", Sidecar::helper().display(), place.port)
     }
@@ -46,23 +67,7 @@ impl Tool for Pgsidecar {
     fn configure(&self, _: &Place) {}
 
     fn start(&self, place: &Place) -> Option<Daemon> {
-        let path = |name: &str| place.directory.join(name).display().to_string();
-        let mut daemon = command(Sidecar::program());
-        daemon
-            .arg("run")
-            .envs(aws(place))
-            .env("AWS_ENDPOINT_URL_S3", place.store.endpoint())
-            .env("SSL_CERT_FILE", place.store.certificates())
-            .env("PGSIDECAR_REPOSITORY", format!("s3://{}/{}", place.store.bucket(), place.repository))
-            .env("PGDATA", &place.data)
-            .env("PGHOST", &place.socket)
-            .env("PGUSER", "postgres")
-            .env("PGSIDECAR_WAL_LISTEN", format!("127.0.0.1:{}", place.port))
-            .env("PGSIDECAR_HEALTH_LISTEN", "127.0.0.1:0")
-            .env("PGSIDECAR_CONTROL_SOCKET", path("control.sock"))
-            .env("PGSIDECAR_SPOOL", path("spool"))
-            .env("PGSIDECAR_HELPER", Sidecar::helper());
-        Some(Daemon::start(place, daemon))
+        Some(Pgsidecar::daemon(place, &place.store.endpoint()))
     }
 
     fn archive_command(&self, place: &Place) -> String {

@@ -6,7 +6,7 @@ use crate::{
     backlog::Backlog,
     machine::Watch,
     report::Report,
-    run::{Bench, Outcome, Place, background, ready, say, wait_for},
+    run::{Bench, Outcome, Place, background, ready, reload, say, wait_for},
     support::command,
     tools::Tool,
     works::Work,
@@ -48,7 +48,7 @@ pub fn drain(bench: &mut Bench, tool: &dyn Tool, repository: &str) -> Outcome {
     let background = background();
     let watch = Watch::begin(tool.process());
     let daemon = tool.start(&place);
-    server.reload();
+    reload(&place.data);
     wait_for("all WAL is archived", &server.log_path(), || ready(&place.data).is_empty());
     let usage = watch.end();
     drop(daemon);

@@ -96,12 +96,6 @@ impl Postgres {
         self.child = Some(postgres.spawn().unwrap());
     }
 
-    /// Has the running server read its configuration again.
-    pub fn reload(&self) {
-        let postmaster = rustix::process::Pid::from_child(self.child.as_ref().expect("the server runs"));
-        rustix::process::kill_process(postmaster, rustix::process::Signal::HUP).unwrap();
-    }
-
     /// Starts the server and waits until it takes connections.
     pub fn start(&mut self, options: &[&str]) {
         self.spawn(options);
