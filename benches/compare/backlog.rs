@@ -47,6 +47,9 @@ impl Backlog {
         ]);
         postgres.start(&["-c", "synchronous_commit=off"]);
         run(postgres.client("pgbench").args(["-i", "-q", "-s", &options.scale.to_string()]));
+        // A row of pgbench is mostly blanks, and a page of them compresses as no page of real data does.
+        postgres.sql("UPDATE pgbench_accounts SET filler = md5(aid::text)");
+        postgres.sql("VACUUM FULL pgbench_accounts");
         postgres.switch_wal();
         postgres.wait_until_archived();
         postgres.configure(&["archive_command = '/bin/false'"]);
@@ -60,12 +63,14 @@ impl Backlog {
                 fs::remove_file(entry.path()).unwrap();
             }
         }
-        // Short transactions all over the database, and now and then a statement that touches every page.
+        // Short transactions all over the database, now and then a statement that touches many pages at once, and a
+        // checkpoint, after which the first change of each page brings all of it into the WAL.
+        let accounts = options.scale * 100_000;
         for round in 0.. {
-            let mut pgbench = postgres.client("pgbench");
-            run(pgbench.args(["-n", "-c", "4", "-j", "2", "-T", "5"]));
-            postgres
-                .sql(&format!("UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid % 12 = {}", round % 12));
+            run(postgres.client("pgbench").args(["-n", "-c", "4", "-j", "2", "-T", "5"]));
+            let from = accounts / 4 * (round % 4);
+            let these = format!("aid BETWEEN {from} AND {} AND aid % 12 = {}", from + accounts / 4, round % 12);
+            postgres.sql(&format!("UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE {these}"));
             postgres.sql("CHECKPOINT");
             if segments_ready(&postgres.data).len() >= options.segments {
                 break;

@@ -119,10 +119,10 @@ impl Report {
                 median_run(outcomes).usage.split.iter().map(|(part, seconds)| format!("{part} {seconds:.2}")).collect();
             println!("  {tool:<13} {}", parts.join(", "));
         }
-        let busiest = TOOLS.iter().filter_map(|tool| of_tool(tool)).flatten().map(|outcome| outcome.background);
-        let busiest = busiest.fold(0.0, f64::max);
-        if busiest > BUSY {
-            println!("  CAUTION: before a run, {:.0} % of the machine were busy with something else.", busiest * 100.0);
+        let disturbances = TOOLS.iter().filter_map(|tool| of_tool(tool)).flatten().map(Outcome::disturbance);
+        let most = disturbances.fold(0.0, f64::max);
+        if most > BUSY {
+            println!("  CAUTION: in one of these runs {:.0} % of the machine went to something else.", most * 100.0);
         }
     }
 }
@@ -212,7 +212,7 @@ fn result(work: Work, tool: &str, outcomes: &[Outcome]) -> Value {
                 "seconds": rounded(figures.seconds),
                 "mb_per_s": rounded(figures.mb_per_s),
                 "cpu_seconds_per_gb": rounded(figures.cpu),
-                "busy_before": rounded(outcome.background),
+                "disturbance": rounded(outcome.disturbance()),
             })
         }).collect::<Vec<Value>>(),
     });

@@ -145,8 +145,6 @@ pub struct Outcome {
     pub plain: u64,
     /// Bytes in the store afterwards.
     pub stored: Option<u64>,
-    /// The share of the machine that was busy before it began.
-    pub background: f64,
 }
 
 /// Has the server on this data directory read its configuration again.
@@ -155,6 +153,31 @@ pub fn reload(data: &Path) {
     let pid = lines.lines().next().unwrap().parse().unwrap();
     let postmaster = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(postmaster, rustix::process::Signal::HUP).unwrap();
+}
+
+impl Outcome {
+    /// The share of the machine that others had meanwhile. The kernel's own threads are in it, and hardly show.
+    pub fn disturbance(&self) -> f64 {
+        let processors = std::thread::available_parallelism().unwrap().get() as f64;
+        self.usage.split.get("other").unwrap_or(&0.0) / self.usage.seconds / processors
+    }
+}
+
+/// Makes a run again, at most twice, when others used the machine meanwhile; the best of them counts. A long run is
+/// left as it was.
+pub fn undisturbed(mut run: impl FnMut() -> Outcome) -> Outcome {
+    let mut best = run();
+    for _ in 0..2 {
+        if best.disturbance() <= BUSY || best.usage.seconds > 30.0 {
+            break;
+        }
+        say(&format!("{:.0} % of the machine went to something else: once more", best.disturbance() * 100.0));
+        let again = run();
+        if again.disturbance() < best.disturbance() {
+            best = again;
+        }
+    }
+    best
 }
 
 /// The names of the segments in `pg_wal` that wait to be archived, in order.
@@ -172,16 +195,16 @@ pub fn ready(data: &Path) -> Vec<String> {
 }
 
 /// Looks at the machine before a run. Waits a while for others to end, and says so when they don't.
-pub fn background() -> f64 {
+pub fn wait_for_quiet() {
     let end = Instant::now() + Duration::from_secs(60);
     loop {
         let load = machine::background_load();
         if load <= BUSY {
-            return load;
+            return;
         }
         if Instant::now() >= end {
             say(&format!("{:.0} % of the machine are busy with something else", load * 100.0));
-            return load;
+            return;
         }
         std::thread::sleep(Duration::from_secs(1));
     }

@@ -9,7 +9,7 @@ use std::{
 use crate::{
     machine::status_bytes,
     report::Report,
-    run::{Bench, Place, background, say, segments_ready},
+    run::{Bench, Place, say, segments_ready, wait_for_quiet},
     support::{run as run_command, told},
     tools::Pgsidecar,
 };
@@ -51,7 +51,7 @@ pub fn run(bench: &mut Bench, report: &mut Report) {
     for name in &names {
         run_command(&mut archive(name));
     }
-    background();
+    wait_for_quiet();
     let mut times: Vec<f64> = (0..CALLS)
         .map(|call| {
             let mut helper = archive(&names[call % names.len()]);

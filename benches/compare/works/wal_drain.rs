@@ -6,7 +6,7 @@ use crate::{
     backlog::Backlog,
     machine::Watch,
     report::Report,
-    run::{Bench, Outcome, Place, background, ready, reload, say, wait_for},
+    run::{Bench, Outcome, Place, ready, reload, say, undisturbed, wait_for, wait_for_quiet},
     support::command,
     tools::Tool,
     works::Work,
@@ -18,13 +18,16 @@ pub fn run(bench: &mut Bench, tools: &[Box<dyn Tool>], report: &mut Report) {
         for tool in tools {
             say(&format!("wal-drain {turn} of {}: {}", bench.options.repeat, tool.name()));
             let repository = format!("drain-{}-{turn}", tool.name());
-            let outcome = drain(bench, &**tool, &repository);
-            bench.store.remove(&repository);
+            let outcome = undisturbed(|| {
+                let outcome = drain(bench, &**tool, &repository);
+                bench.store.remove(&repository);
+                outcome
+            });
             report.add(Work::WalDrain, tool.name(), outcome);
         }
         if bench.options.has("floor") {
             say(&format!("wal-drain {turn} of {}: floor", bench.options.repeat));
-            report.add(Work::WalDrain, "floor", floor(bench));
+            report.add(Work::WalDrain, "floor", undisturbed(|| floor(bench)));
         }
     }
 }
@@ -45,7 +48,7 @@ pub fn drain(bench: &mut Bench, tool: &dyn Tool, repository: &str) -> Outcome {
     assert_eq!(ready(&place.data).iter().filter(|name| name.len() == 24).count(), backlog.count());
     backlog.warm();
 
-    let background = background();
+    wait_for_quiet();
     let watch = Watch::begin(tool.process());
     let daemon = tool.start(&place);
     reload(&place.data);
@@ -54,14 +57,14 @@ pub fn drain(bench: &mut Bench, tool: &dyn Tool, repository: &str) -> Outcome {
     drop(daemon);
     server.stop("immediate");
     let stored = Some(bench.store.bytes_under(repository));
-    Outcome { usage, plain: backlog.bytes(), stored, background }
+    Outcome { usage, plain: backlog.bytes(), stored }
 }
 
 /// Only compressing: two processes of `zstd -1`, each with every other segment.
 fn floor(bench: &Bench) -> Outcome {
     let backlog: &Backlog = bench.made_backlog();
     backlog.warm();
-    let background = background();
+    wait_for_quiet();
     let paths = backlog.paths();
     let watch = Watch::begin("zstd");
     let mut processes: Vec<_> = (0..2)
@@ -75,5 +78,5 @@ fn floor(bench: &Bench) -> Outcome {
         assert!(process.wait().unwrap().success());
     }
     let usage = watch.end();
-    Outcome { usage, plain: backlog.bytes(), stored: None, background }
+    Outcome { usage, plain: backlog.bytes(), stored: None }
 }

@@ -3,7 +3,7 @@
 use crate::{
     machine::Watch,
     report::Report,
-    run::{Bench, Daemon, Outcome, Place, background, say, wait_for},
+    run::{Bench, Daemon, Outcome, Place, say, undisturbed, wait_for, wait_for_quiet},
     tools::Tool,
     works::{Work, wal_drain},
 };
@@ -17,18 +17,23 @@ pub fn run(bench: &mut Bench, tools: &[Box<dyn Tool>], report: &mut Report) {
     for turn in 1..=bench.options.repeat {
         for tool in tools {
             say(&format!("wal-replay {turn} of {}: {}", bench.options.repeat, tool.name()));
-            let place = Place::new(bench, &repository(&**tool));
-            bench.made_backlog().copy_base(&place.data);
-            tool.configure(&place);
-            let outcome = replay(bench, &place, Some(&**tool));
+            let outcome = undisturbed(|| {
+                let place = Place::new(bench, &repository(&**tool));
+                bench.made_backlog().copy_base(&place.data);
+                tool.configure(&place);
+                replay(bench, &place, Some(&**tool))
+            });
             report.add(Work::WalReplay, tool.name(), outcome);
         }
         if bench.options.has("floor") {
             say(&format!("wal-replay {turn} of {}: floor", bench.options.repeat));
-            let place = Place::new(bench, "");
-            bench.made_backlog().copy_base(&place.data);
-            bench.made_backlog().link_segments(&place.data);
-            report.add(Work::WalReplay, "floor", replay(bench, &place, None));
+            let outcome = undisturbed(|| {
+                let place = Place::new(bench, "");
+                bench.made_backlog().copy_base(&place.data);
+                bench.made_backlog().link_segments(&place.data);
+                replay(bench, &place, None)
+            });
+            report.add(Work::WalReplay, "floor", outcome);
         }
     }
     for tool in tools {
@@ -50,7 +55,7 @@ fn replay(bench: &Bench, place: &Place, tool: Option<&dyn Tool>) -> Outcome {
     let mut server = place.server(environment, &lines.each_ref().map(String::as_str));
     backlog.warm();
 
-    let background = background();
+    wait_for_quiet();
     let watch = Watch::begin(tool.map_or("postgres", Tool::process));
     let daemon: Option<Daemon> = tool.and_then(|tool| tool.start(place));
     server.spawn(&[]);
@@ -67,5 +72,5 @@ fn replay(bench: &Bench, place: &Place, tool: Option<&dyn Tool>) -> Outcome {
     backlog.check_whole(&server);
     drop(daemon);
     server.stop("immediate");
-    Outcome { usage, plain: backlog.bytes(), stored: None, background }
+    Outcome { usage, plain: backlog.bytes(), stored: None }
 }
