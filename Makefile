@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help check fmt fmt-check lint deny layers shell test test-garage demo memory tools clean
+.PHONY: help check fmt fmt-check lint deny layers shell test test-garage demo memory bench tools clean
 
 # The demo's store: see scripts/demo.sh.
 STORE ?=
@@ -43,6 +43,12 @@ memory: ## backup and restore of 2 GB held to 128 MiB, with the peaks
 	scripts/setup-s3s.sh
 	cargo build --release --locked -p pgsidecar -p pgsidecar-wal
 	scripts/memory.sh
+
+bench: ## archiving and replaying WAL beside pgBackRest and barman-cloud: benches/README.md
+	scripts/setup-bench.sh
+	scripts/setup-s3s.sh
+	cargo build --release --locked -p pgsidecar -p pgsidecar-wal
+	scripts/bench.sh
 
 tools: ## only set up what check and test need
 	scripts/setup-postgres.sh

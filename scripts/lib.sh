@@ -73,6 +73,10 @@ pg_bin_15() { echo "${PG_BIN_15:-/usr/lib/postgresql/15/bin}"; }
 pg_bin_17() { echo "${PG_BIN_17:-$(tool_dir postgresql-17)/usr/lib/postgresql/17/bin}"; }
 s3s_fs() { echo "${S3S_FS:-$(tool_dir "s3s-fs-$S3S_FS_VERSION")/bin/s3s-fs}"; }
 garage() { echo "${GARAGE:-$(tool_dir "garage-$GARAGE_VERSION")/bin/garage}"; }
+# PostgreSQL and other tools of `make bench`, from Debian: see setup-bench.sh.
+BENCH_POSTGRES=18 # benches/compare/run.rs has it too
+bench_root() { echo "${PGSIDECAR_BENCH_ROOT:-$(tool_dir bench)}"; }
+pg_bin_18() { echo "${PG_BIN_18:-$(bench_root)/usr/lib/postgresql/$BENCH_POSTGRES/bin}"; }
 nextest_dir() { echo "$(tool_dir "cargo-nextest-$CARGO_NEXTEST_VERSION")/bin"; }
 cargo_deny() { echo "$(tool_dir "cargo-deny-$CARGO_DENY_VERSION")/bin/cargo-deny"; }
 
@@ -106,4 +110,40 @@ install_crate() {
     (cd "$ROOT" && nice cargo install "$name" --version "=$version" --locked --root "$dest.tmp" --target-dir "$dest.tmp/build" "$@" </dev/null >&2)
     rm -rf "$dest.tmp/build"
     mv "$dest.tmp" "$dest"
+}
+
+# debian_root SUITE DIRECTORY PACKAGE,...: the files of a Debian with these packages, without having installed it. Needs root.
+debian_root() {
+    local suite=$1 dest=$2 packages=$3 mirror log_file
+    # Debian's mirror as this machine's own apt knows it.
+    # shellcheck disable=SC2016 # apt's own fields, not the shell's
+    mirror=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
+        awk '$1 == "Debian" && $2 == "Debian" && $3 == "main" { print $4; exit }')
+    mirror=${PGSIDECAR_DEBIAN_MIRROR:-${mirror:-http://deb.debian.org/debian}}
+    remove_debian_root "$dest"
+    log_file=${dest%.tmp}.log
+    if ! debootstrap --variant=minbase --include="$packages" "$suite" "$dest" "$mirror" </dev/null >"$log_file" 2>&1; then
+        tail -n 20 "$log_file" "$dest/debootstrap/debootstrap.log" >&2 || true
+        die "debootstrap failed; all of its output is in $log_file"
+    fi
+    umount "$dest/proc" "$dest/sys" 2>/dev/null || true
+}
+
+remove_debian_root() {
+    umount "$1/proc" "$1/sys" 2>/dev/null || true # left behind by a debootstrap that was killed
+    rm -rf --one-file-system "$1"
+}
+
+# use_own_libraries ROOT DEST EXECUTABLE...: that executables of a Debian in ROOT run outside of it, when it has been moved to DEST: each is
+# told (patchelf) to use that folder's loader and libraries. Modules that they load take their libraries from the executable's rpath.
+use_own_libraries() {
+    local root=$1 dest=$2 libraries interpreter binary
+    shift 2
+    libraries=$(cd "$root" && echo usr/lib/*-linux-gnu)
+    for binary in "$@"; do
+        interpreter=$(patchelf --print-interpreter "$binary" 2>/dev/null) || continue # a script
+        [[ $interpreter != "$dest"/* ]] || continue # one file by two names
+        interpreter=$(realpath "$root$interpreter")
+        patchelf --set-interpreter "$dest/${interpreter#"$root"/}" --force-rpath --set-rpath "$dest/$libraries" "$binary"
+    done
 }

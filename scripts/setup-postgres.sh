@@ -2,7 +2,7 @@
 # PostgreSQL 15, Debian 12's own, and the small tools that the tests and the demo use. Installs what is missing; starts nothing.
 source "$(dirname "$0")/lib.sh"
 
-have() { [[ -x $(pg_bin_15)/initdb ]] && command -v zstd >/dev/null && command -v curl >/dev/null; }
+have() { [[ -x $(pg_bin_15)/initdb ]] && command -v zstd >/dev/null && command -v curl >/dev/null && command -v openssl >/dev/null; }
 
 if [[ $EUID -ne 0 ]] && have; then
     exit 0
@@ -15,5 +15,5 @@ if [[ $EUID -eq 0 && ! -e $(pg_bin_15)/initdb ]]; then
     mkdir -p "${no_cluster%/*}"
     echo "create_main_cluster = false" >"$no_cluster"
 fi
-apt_install postgresql-15 postgresql-client-15 zstd curl
+apt_install postgresql-15 postgresql-client-15 zstd curl openssl
 [[ -x $(pg_bin_15)/initdb ]] || die "there is no $(pg_bin_15)/initdb"

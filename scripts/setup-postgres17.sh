@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # PostgreSQL 17 on Debian 12: the binaries of Debian 13 with their own C library, in a folder, run directly and as any user.
 #
-# debootstrap fetches and unpacks them; then each executable is told (patchelf) to use that folder's loader and libraries. PostgreSQL
-# finds its other files relative to its binary. Modules that the server loads take their libraries from the executable's rpath.
-# The paths are absolute: the folder can't be moved.
+# PostgreSQL finds its other files relative to its binary. The paths of its libraries are absolute: the folder can't be moved.
 source "$(dirname "$0")/lib.sh"
 
 works() { [[ -e $1/../../../../../checked && $("$1/postgres" --version 2>/dev/null) == "postgres (PostgreSQL) 17."* ]]; }
@@ -18,28 +16,12 @@ apt_install postgresql-common debootstrap patchelf # postgresql-common brings th
 lock postgresql-17
 works "$(pg_bin_17)" && exit
 
-# Debian's mirror as this machine's own apt knows it.
-# shellcheck disable=SC2016 # apt's own fields, not the shell's
-mirror=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
-    awk '$1 == "Debian" && $2 == "Debian" && $3 == "main" { print $4; exit }')
-mirror=${PGSIDECAR_DEBIAN_MIRROR:-${mirror:-http://deb.debian.org/debian}}
-
 dest=$TOOLS/postgresql-17
 tmp=$dest.tmp
-remove() {
-    umount "$1/proc" "$1/sys" 2>/dev/null || true # left behind by a debootstrap that was killed
-    rm -rf --one-file-system "$1"
-}
-remove "$tmp"
-remove "$dest"
+remove_debian_root "$dest"
 
 log "fetching PostgreSQL 17 from Debian 13 (once; some two minutes; it goes to $dest)"
-log_file=$TOOLS/postgresql-17.log
-if ! debootstrap --variant=minbase --include=postgresql-17 trixie "$tmp" "$mirror" </dev/null >"$log_file" 2>&1; then
-    tail -n 20 "$log_file" "$tmp/debootstrap/debootstrap.log" >&2 || true
-    die "debootstrap failed; all of its output is in $log_file"
-fi
-umount "$tmp/proc" "$tmp/sys" 2>/dev/null || true
+debian_root trixie "$tmp" postgresql-17
 
 # Only PostgreSQL and the libraries are needed, and of those neither the JIT compiler (a server without it just doesn't use it) nor Perl.
 find "$tmp" -xdev -mindepth 1 -maxdepth 1 ! -name usr ! -name lib ! -name lib64 -exec rm -rf --one-file-system {} +
@@ -49,13 +31,7 @@ find "$tmp/usr/lib" -mindepth 1 -maxdepth 1 ! -name postgresql ! -name '*-linux-
 rm -rf "$tmp"/usr/lib/postgresql/17/lib/{bitcode,llvmjit*} "$tmp"/usr/share/postgresql/17/man \
     "$tmp"/usr/lib/*-linux-gnu/{libLLVM*,libz3*,perl*,libperl*}
 
-libraries=$(cd "$tmp" && echo usr/lib/*-linux-gnu)
-interpreter=$(realpath "$tmp$(patchelf --print-interpreter "$tmp/usr/lib/postgresql/17/bin/postgres")")
-for binary in "$tmp"/usr/lib/postgresql/17/bin/*; do
-    if patchelf --print-interpreter "$binary" >/dev/null 2>&1; then # not for scripts
-        patchelf --set-interpreter "$dest/${interpreter#"$tmp"/}" --force-rpath --set-rpath "$dest/$libraries" "$binary"
-    fi
-done
+use_own_libraries "$tmp" "$dest" "$tmp"/usr/lib/postgresql/17/bin/*
 mv "$tmp" "$dest"
 
 # Does it run? As postgres, from the folder where it stays: a database with all that initdb loads (plpgsql, the dictionaries, ...).

@@ -60,8 +60,13 @@ where
         (SdkError::DispatchFailure(_), _) => (StoreErrorKind::Unreachable, causes(&error)),
         _ => (StoreErrorKind::Unexpected, causes(&error)),
     };
+    let untrusted = kind == StoreErrorKind::Unreachable && detail.contains("invalid peer certificate");
     let mapped = StoreError::new(kind, operation, object, detail);
     match hint(kind, operation, code) {
+        _ if untrusted => mapped.with_hint(
+            "The server's certificate can't be trusted. If it was issued by an authority of your own, set SSL_CERT_FILE to that \
+             authority's certificate, in PEM format; the endpoint must have the name that the certificate is for.",
+        ),
         Some(hint) => mapped.with_hint(hint),
         None => mapped,
     }

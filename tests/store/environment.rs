@@ -1,10 +1,14 @@
 //! What the AWS tools' environment variables do. Each case runs in a process of its own, started by its test: a
 //! process's environment is shared by all the tests in it.
 
-use std::{path::Path, process::Command};
+use std::{
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
 
 use bytes::Bytes;
-use pgsidecar::store::{Creation, S3Config, S3Store, Store, StoreErrorKind};
+use pgsidecar::store::{ByteRange, Creation, S3Config, S3Store, Store, StoreErrorKind};
 
 use crate::{
     scripted::{Reply, Scripted, probe},
@@ -111,7 +115,7 @@ fn write_keys(file: &Path, access_key: &str) {
 #[tokio::test]
 async fn case_rotation() {
     if is_case("case_rotation") {
-        let file = std::path::PathBuf::from(std::env::var_os("AWS_SHARED_CREDENTIALS_FILE").unwrap());
+        let file = PathBuf::from(std::env::var_os("AWS_SHARED_CREDENTIALS_FILE").unwrap());
         let config = S3Config {
             bucket: "backups".to_owned(),
             credentials_kept: std::time::Duration::ZERO,
@@ -140,4 +144,92 @@ fn rotated_keys_in_a_file_are_noticed_without_a_restart() {
     };
     assert!(by("a").contains("old-key"), "{}", by("a"));
     assert!(by("b").contains("new-key"), "{}", by("b"));
+}
+
+/// A web server with TLS, and a certificate for 127.0.0.1 of an authority that nobody knows.
+struct Web {
+    server: Child,
+    endpoint: String,
+    directory: tempfile::TempDir,
+}
+
+impl Web {
+    fn start() -> Web {
+        let directory = tempfile::tempdir().unwrap();
+        let openssl = |arguments: &[&str]| {
+            let mut openssl = Command::new("openssl");
+            openssl.args(arguments).current_dir(directory.path());
+            openssl
+        };
+        let certify = |arguments: &[&str]| {
+            let key = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
+            let output = openssl(&[&key, arguments].concat()).output().expect("openssl is installed");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        };
+        certify(&["-subj", "/CN=nobody", "-keyout", "ca.key", "-out", "ca.pem"]);
+        certify(
+            &["-subj", "/CN=store", "-CA", "ca.pem", "-CAkey", "ca.key", "-keyout", "key.pem", "-out", "cert.pem"]
+                .into_iter()
+                .chain(["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"])
+                .collect::<Vec<_>>(),
+        );
+        let mut server =
+            openssl(&["s_server", "-www", "-accept", "127.0.0.1:0", "-cert", "cert.pem", "-key", "key.pem"])
+                .stdout(Stdio::piped())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+        let lines = BufReader::new(server.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let address = lines.filter_map(|line| Some(line.strip_prefix("ACCEPT ")?.to_owned())).next();
+        let endpoint = format!("https://{}", address.expect("it says where it listens"));
+        Web { server, endpoint, directory }
+    }
+
+    fn authority(&self) -> PathBuf {
+        self.directory.path().join("ca.pem")
+    }
+}
+
+impl Drop for Web {
+    fn drop(&mut self) {
+        self.server.kill().unwrap();
+        self.server.wait().unwrap();
+    }
+}
+
+async fn get_error() -> pgsidecar::store::StoreError {
+    let config = S3Config { bucket: "backups".to_owned(), ..S3Config::default() };
+    S3Store::new(config).await.get(&key("a"), ByteRange::All).await.unwrap_err()
+}
+
+#[tokio::test]
+async fn case_trusted() {
+    if is_case("case_trusted") {
+        // It has answered: not like S3, but it could be talked to.
+        let error = get_error().await;
+        assert_eq!(error.kind(), StoreErrorKind::Unexpected, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn case_untrusted() {
+    if is_case("case_untrusted") {
+        let error = get_error().await;
+        assert_eq!(error.kind(), StoreErrorKind::Unreachable, "{error}");
+        assert!(error.hint().unwrap().contains("SSL_CERT_FILE"), "{error}: {:?}", error.hint());
+    }
+}
+
+#[test]
+fn an_authority_of_ones_own_is_trusted_by_a_file_and_by_nothing_else() {
+    let web = Web::start();
+    let authority = web.authority();
+    let environment = [
+        ("AWS_ENDPOINT_URL_S3", web.endpoint.as_str()),
+        ("AWS_ACCESS_KEY_ID", "akid"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("SSL_CERT_FILE", authority.to_str().unwrap()),
+    ];
+    run("case_trusted", &environment);
+    run("case_untrusted", &environment[..3]);
 }

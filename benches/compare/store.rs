@@ -1,0 +1,143 @@
+//! The store of all tools: s3s-fs, behind nginx for TLS, which pgBackRest insists on.
+
+use std::{
+    fs,
+    net::TcpStream,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use crate::{
+    server::Server,
+    support::{Scratch, command, free_port, run, wait_until},
+};
+
+/// A running store with one bucket. Ended on drop.
+pub struct Store {
+    server: Server,
+    nginx: Child,
+    port: u16,
+    certificates: PathBuf,
+}
+
+impl Store {
+    pub fn start(scratch: &Scratch, root: &Path) -> Store {
+        let server = Server::start();
+        assert!(server.is_s3s(), "the bench runs with s3s-fs: unset PGSIDECAR_TEST_STORE");
+        let directory = scratch.dir("tls");
+        certificates(&directory);
+        let port = free_port();
+        fs::write(directory.join("nginx.conf"), configuration(port, &server.address())).unwrap();
+        let mut nginx = command(root.join("usr/sbin/nginx"));
+        nginx.arg("-p").arg(&directory).arg("-c").arg(directory.join("nginx.conf")).arg("-e").arg("nginx.log");
+        let nginx = nginx.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let certificates = directory.join("ca.pem");
+        let store = Store { server, nginx, port, certificates };
+        wait_until("nginx answers", Duration::from_secs(10), || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        store
+    }
+
+    /// The port of TLS, on loopback.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The server itself, without TLS.
+    pub fn plain_endpoint(&self) -> String {
+        self.server.endpoint()
+    }
+
+    pub fn endpoint(&self) -> String {
+        format!("https://localhost:{}", self.port)
+    }
+
+    pub fn bucket(&self) -> &str {
+        self.server.bucket()
+    }
+
+    pub fn access_key(&self) -> &str {
+        self.server.access_key()
+    }
+
+    pub fn secret_key(&self) -> &str {
+        self.server.secret_key()
+    }
+
+    /// The certificate to be trusted, as a PEM file.
+    pub fn certificates(&self) -> &Path {
+        &self.certificates
+    }
+
+    /// The size of all objects under this prefix.
+    pub fn bytes_under(&self, prefix: &str) -> u64 {
+        fn size(path: &Path) -> u64 {
+            let entries = fs::read_dir(path).into_iter().flatten().map(Result::unwrap);
+            entries
+                .map(|entry| if entry.path().is_dir() { size(&entry.path()) } else { entry.metadata().unwrap().len() })
+                .sum()
+        }
+        size(&self.server.s3s_bucket_files().join(prefix))
+    }
+
+    /// Removes all objects under this prefix.
+    pub fn remove(&self, prefix: &str) {
+        fs::remove_dir_all(self.server.s3s_bucket_files().join(prefix)).ok();
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // The master tells its worker.
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.nginx), rustix::process::Signal::TERM)
+            .ok();
+        self.nginx.wait().ok();
+    }
+}
+
+fn configuration(port: u16, upstream: &str) -> String {
+    let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .iter()
+        .map(|kind| format!("  {kind}_temp_path {kind};\n"))
+        .collect();
+    format!(
+        "daemon off; worker_processes 1; pid nginx.pid; error_log nginx.log;
+events {{ worker_connections 256; }}
+http {{
+  access_log off; client_max_body_size 0; keepalive_requests 1000000;
+  proxy_http_version 1.1; proxy_request_buffering off; proxy_buffering off;
+{temporary}  upstream s3 {{ server {upstream}; keepalive 16; keepalive_requests 1000000; }}
+  server {{
+    listen 127.0.0.1:{port} ssl; ssl_certificate cert.pem; ssl_certificate_key key.pem;
+    location / {{ proxy_pass http://s3; proxy_set_header Host $http_host; proxy_set_header Connection \"\"; }}
+  }}
+}}
+"
+    )
+}
+
+/// A certificate for localhost, and that of who has signed it: some clients take no certificate for its own authority.
+fn certificates(directory: &Path) {
+    let openssl = |arguments: &[&str]| {
+        let mut openssl: Command = command("openssl");
+        let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30"];
+        run(openssl.args(["req", "-x509"]).args(key).args(arguments).current_dir(directory));
+    };
+    openssl(&["-subj", "/CN=bench authority", "-keyout", "ca.key", "-out", "ca.pem"]);
+    openssl(&[
+        "-subj",
+        "/CN=localhost",
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-keyout",
+        "key.pem",
+        "-out",
+        "cert.pem",
+        "-addext",
+        "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        "-addext",
+        "basicConstraints=critical,CA:FALSE",
+    ]);
+}
