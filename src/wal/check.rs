@@ -13,7 +13,7 @@ use pgsidecar_core::{
 };
 
 use crate::{
-    codec::CHUNK,
+    codec::{CHUNK, FRAME},
     failure::{Code, Failure},
     histories::MAX_HISTORY_BYTES,
     pgdata::FileStamp,
@@ -104,7 +104,7 @@ impl Check {
         let limit = self.largest();
         // One byte more than allowed is read, to see that there is one.
         let mut limited = reader.take(limit + 1);
-        let mut buffer = vec![0; CHUNK];
+        let mut buffer = vec![0; FRAME.min(usize::try_from(limit).unwrap_or(FRAME))];
         let (mut total, mut history) = (0, Vec::new());
         loop {
             let filled = fill(&mut limited, &mut buffer).map_err(Trouble::Read)?;
