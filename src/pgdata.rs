@@ -53,25 +53,38 @@ impl FileStamp {
 }
 
 /// What `postmaster.pid` tells of the server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServerState {
     /// There is no such file: it was never started, or has stopped in order.
     Gone,
     /// It's on its way down.
     Stopping,
-    /// It runs, or was killed. With the port at which it listens on 127.0.0.1, if it does.
-    Running(Option<u16>),
+    /// It runs, or was killed.
+    Running(Listening),
+}
+
+/// Where a server listens, as far as it can be reached from beside it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listening {
+    /// The port at 127.0.0.1.
+    pub port: Option<u16>,
+    /// The Unix socket.
+    pub socket: Option<PathBuf>,
 }
 
 impl ServerState {
-    /// Source: `src/include/utils/pidfile.h`. Line 4 is the port, 6 the first listen address, 8 the state.
+    /// Source: `src/include/utils/pidfile.h`. Line 4 is the port, 5 the first directory of sockets, 6 the first listen
+    /// address, 8 the state.
     fn parse(pid_file: &str) -> ServerState {
         let line = |number: usize| pid_file.lines().nth(number - 1).unwrap_or_default().trim();
         if line(8) == "stopping" {
             return ServerState::Stopping;
         }
+        let port: Option<u16> = line(4).parse().ok();
         let loopback = matches!(line(6), "*" | "localhost" | "127.0.0.1" | "0.0.0.0");
-        ServerState::Running(line(4).parse().ok().filter(|_| loopback))
+        let socket =
+            port.filter(|_| line(5).starts_with('/')).map(|port| format!("{}/.s.PGSQL.{port}", line(5)).into());
+        ServerState::Running(Listening { port: port.filter(|_| loopback), socket })
     }
 }
 
@@ -249,11 +262,13 @@ mod tests {
         let file = |address: &str, state: &str| {
             ServerState::parse(&format!("71\n/data\n1763714000\n5433\n/tmp\n{address}\n  12 34\n{state}\n"))
         };
-        assert_eq!(file("*", "ready   "), ServerState::Running(Some(5433)));
-        assert_eq!(file("localhost", "standby "), ServerState::Running(Some(5433)));
-        assert_eq!(file("", "starting"), ServerState::Running(None));
-        assert_eq!(file("10.0.0.7", "ready   "), ServerState::Running(None));
+        let socket = Some(PathBuf::from("/tmp/.s.PGSQL.5433"));
+        let running = |port| ServerState::Running(Listening { port, socket: socket.clone() });
+        assert_eq!(file("*", "ready   "), running(Some(5433)));
+        assert_eq!(file("localhost", "standby "), running(Some(5433)));
+        assert_eq!(file("", "starting"), running(None));
+        assert_eq!(file("10.0.0.7", "ready   "), running(None));
         assert_eq!(file("*", "stopping"), ServerState::Stopping);
-        assert_eq!(ServerState::parse(""), ServerState::Running(None));
+        assert_eq!(ServerState::parse(""), ServerState::Running(Listening::default()));
     }
 }

@@ -11,10 +11,16 @@
 
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
-use tokio::{net::TcpStream, time::Instant};
+use tokio::{
+    net::{TcpStream, UnixStream},
+    time::Instant,
+};
 
 use super::{Origin, Origins, archive::Archiver, tail};
-use crate::{failure::Code, pgdata::ServerState};
+use crate::{
+    failure::Code,
+    pgdata::{Listening, ServerState},
+};
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Between two tries to reach the store. The drain timeout ends them.
@@ -39,8 +45,8 @@ pub async fn finish(archiver: &Arc<Archiver>, origins: &dyn Origins, patience: D
         match origin.pgdata.server() {
             Ok(ServerState::Gone) => return ship_rest(archiver, &origin).await,
             Ok(ServerState::Stopping) => {}
-            Ok(ServerState::Running(port)) if asked.elapsed() >= patience => {
-                if is_refused(port).await {
+            Ok(ServerState::Running(listening)) if asked.elapsed() >= patience => {
+                if is_refused(&listening).await {
                     tracing::info!("PostgreSQL was killed: its postmaster.pid is there, but nobody listens");
                     return ship_rest(archiver, &origin).await;
                 }
@@ -55,11 +61,17 @@ pub async fn finish(archiver: &Arc<Archiver>, origins: &dyn Origins, patience: D
     }
 }
 
-/// Whether nobody listens at this port, definitely.
-async fn is_refused(port: Option<u16>) -> bool {
-    let Some(port) = port else { return false };
-    let connected = tokio::time::timeout(Duration::from_secs(1), TcpStream::connect((Ipv4Addr::LOCALHOST, port))).await;
-    matches!(connected, Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused)
+/// Whether nobody listens, definitely: a socket that can't be reached from here, or isn't there, tells nothing.
+async fn is_refused(listening: &Listening) -> bool {
+    let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
+    let connecting = async {
+        match (listening.port, &listening.socket) {
+            (Some(port), _) => TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_err_and(refused),
+            (None, Some(socket)) => UnixStream::connect(socket).await.is_err_and(refused),
+            (None, None) => false,
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(1), connecting).await.unwrap_or(false)
 }
 
 /// Ships what is `.ready`, then the tail. PostgreSQL is gone, so that there will be no more.
