@@ -93,9 +93,10 @@ impl Archiver {
     /// Whether the file that lies in pg_wal under this name was archived in this daemon's time.
     pub fn is_archived(&self, origin: &Origin, name: ArchiveFileName) -> bool {
         let path = origin.pgdata.wal().join(name.to_string());
-        let Ok(meta) = fs::symlink_metadata(&path) else { return false };
-        let archived = self.archived.lock();
-        archived.is_ok_and(|archived| archived.get(&name) == Some(&(path, FileStamp::of(&meta))))
+        // Looked up first: of a long backlog, most is not archived, and needs no look at the file.
+        let known = self.archived.lock().ok().and_then(|archived| archived.get(&name).cloned());
+        let Some((known_path, stamp)) = known else { return false };
+        known_path == path && fs::symlink_metadata(&path).is_ok_and(|meta| FileStamp::of(&meta) == stamp)
     }
 
     /// Archives the file of this name in pg_wal. Goes on when the caller goes away.
