@@ -48,7 +48,7 @@ struct Progress {
     /// What was ready at the last look and hasn't been begun since.
     queue: VecDeque<ArchiveFileName>,
     postponed: HashMap<ArchiveFileName, Postponed>,
-    /// The store isn't there: nothing is begun.
+    /// The store isn't there, or refuses: nothing is begun.
     outage: Option<Postponed>,
 }
 
@@ -145,7 +145,7 @@ impl Progress {
                 self.postponed.remove(&name);
                 self.outage = None;
             }
-            Err(failure) if failure.code == Code::StoreUnavailable => {
+            Err(failure) if matches!(failure.code, Code::StoreUnavailable | Code::StoreDenied) => {
                 // Once for all that were under way when it began.
                 if self.outage.is_none_or(|outage| outage.is_over()) {
                     self.outage = Some(Postponed::after(self.outage));
