@@ -88,6 +88,11 @@ impl ServerState {
     }
 }
 
+/// Sorts as PostgreSQL's archiver does: timeline histories first, then by name.
+pub fn archiving_order(name: &ArchiveFileName) -> (bool, String) {
+    (!matches!(name, ArchiveFileName::History(_)), name.to_string())
+}
+
 impl DataDirectory {
     /// Looks at a directory.
     ///
@@ -195,24 +200,31 @@ impl DataDirectory {
         self.is_ready(name) || self.wal().join(format!("archive_status/{name}.done")).exists()
     }
 
-    /// The files that PostgreSQL waits to have archived, in its order: timeline histories first, then by name. At
-    /// most `limit` of them.
+    /// The files that PostgreSQL waits to have archived, in its order ([`archiving_order`]). At most `limit` of those
+    /// that are wanted.
     ///
     /// # Errors
     /// If `archive_status` can't be read.
-    pub fn ready_files(&self, limit: usize) -> io::Result<Vec<ArchiveFileName>> {
+    pub fn ready_files(
+        &self,
+        limit: usize,
+        wanted: impl Fn(&ArchiveFileName) -> bool,
+    ) -> io::Result<Vec<ArchiveFileName>> {
         let mut ready = BTreeSet::new();
         for entry in fs::read_dir(self.wal().join("archive_status"))? {
             let name = entry?.file_name();
             let Some(Ok(name)) = name.to_str().and_then(|name| name.strip_suffix(".ready")).map(str::parse) else {
                 continue;
             };
-            ready.insert((!matches!(name, ArchiveFileName::History(_)), name.to_string(), name));
+            if !wanted(&name) {
+                continue;
+            }
+            ready.insert((archiving_order(&name), name));
             if ready.len() > limit {
                 ready.pop_last();
             }
         }
-        Ok(ready.into_iter().map(|(_, _, name)| name).collect())
+        Ok(ready.into_iter().map(|(_, name)| name).collect())
     }
 
     /// The timelines whose histories lie in pg_wal.

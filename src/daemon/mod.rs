@@ -286,12 +286,14 @@ fn check_asker(origin: &Origin, name: ArchiveFileName, asker: Asker) -> Result<(
     }
     let ours = std::fs::symlink_metadata(pgdata.wal().join(name.to_string())).map(|meta| meta.ino());
     match ours {
-        Ok(inode) if inode != asker.inode => refuse(format!(
+        Ok(inode) if inode == asker.inode => Ok(()),
+        // What can't be read is told by who opens it.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Ok(()),
+        // The asker has its file. Where there is none here, that the repository has one of that name proves nothing.
+        _ => refuse(format!(
             "another copy of this database asks to archive {name}: its file isn't the one in {}",
             pgdata.wal().display()
         )),
-        // What isn't there is told by who opens it.
-        _ => Ok(()),
     }
 }
 

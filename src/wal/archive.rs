@@ -45,7 +45,7 @@ const MEMORY_MIB: u32 = 56;
 /// What a file takes that is too large for one request, whatever its size: a buffer and the parts under way.
 const LARGE_FILE_MIB: u32 = 28;
 /// Archived files that are remembered.
-const REMEMBERED: usize = 10_000;
+const REMEMBERED: usize = 50_000;
 
 /// What the outcome of a request is, for everyone who waits for it.
 pub type Outcome = Result<Stored, Failure>;
@@ -96,9 +96,10 @@ impl Archiver {
     /// Whether the file that lies in pg_wal under this name was archived in this daemon's time.
     pub fn is_archived(&self, origin: &Origin, name: ArchiveFileName) -> bool {
         let path = origin.pgdata.wal().join(name.to_string());
-        let Ok(meta) = fs::symlink_metadata(&path) else { return false };
-        let archived = self.archived.lock();
-        archived.is_ok_and(|archived| archived.get(&name) == Some(&(path, FileStamp::of(&meta))))
+        // Looked up first: of a long backlog, most is not archived, and needs no look at the file.
+        let known = self.archived.lock().ok().and_then(|archived| archived.get(&name).cloned());
+        let Some((known_path, stamp)) = known else { return false };
+        known_path == path && fs::symlink_metadata(&path).is_ok_and(|meta| FileStamp::of(&meta) == stamp)
     }
 
     /// Archives the file of this name in pg_wal. Goes on when the caller goes away.

@@ -48,7 +48,7 @@ struct Progress {
     /// What was ready at the last look and hasn't been begun since.
     queue: VecDeque<ArchiveFileName>,
     postponed: HashMap<ArchiveFileName, Postponed>,
-    /// The store isn't there: nothing is begun.
+    /// The store isn't there, or refuses: nothing is begun.
     outage: Option<Postponed>,
 }
 
@@ -81,7 +81,7 @@ pub async fn run(archiver: Arc<Archiver>, origins: &dyn Origins, mut stop: watch
         if let Ok(origin) = origins.origin().await {
             if rescan <= Instant::now() || progress.queue.is_empty() {
                 watched.watch(&origin.pgdata.wal().join("archive_status"), &hint);
-                progress.look(&origin).await;
+                progress.look(&archiver, &origin).await;
                 rescan = Instant::now() + RESCAN;
             }
             progress.begin(&archiver, &origin);
@@ -103,13 +103,19 @@ pub async fn run(archiver: Arc<Archiver>, origins: &dyn Origins, mut stop: watch
 }
 
 impl Progress {
-    /// Reads anew what is ready.
-    async fn look(&mut self, origin: &Origin) {
-        let pgdata = origin.pgdata.clone();
-        let listed = tokio::task::spawn_blocking(move || pgdata.ready_files(BATCH)).await;
+    /// Reads anew what is ready. What is archived stays so until PostgreSQL asks, and what was postponed may stay so
+    /// for ever: neither may take the place of what is behind it.
+    async fn look(&mut self, archiver: &Arc<Archiver>, origin: &Origin) {
+        let (archiver, origin) = (archiver.clone(), origin.clone());
+        let waiting: HashSet<_> =
+            self.postponed.iter().filter(|(_, postponed)| !postponed.is_over()).map(|(name, _)| *name).collect();
+        let listed = tokio::task::spawn_blocking(move || {
+            let wanted = |name: &ArchiveFileName| !waiting.contains(name) && !archiver.is_archived(&origin, *name);
+            origin.pgdata.ready_files(BATCH, wanted)
+        });
         // That it can't be read is told by the backlog in the status.
-        let Ok(Ok(ready)) = listed else { return };
-        self.postponed.retain(|name, _| ready.contains(name));
+        let Ok(Ok(ready)) = listed.await else { return };
+        self.postponed.retain(|name, postponed| !postponed.is_over() || ready.contains(name));
         self.queue = ready.into();
     }
 
@@ -139,7 +145,7 @@ impl Progress {
                 self.postponed.remove(&name);
                 self.outage = None;
             }
-            Err(failure) if failure.code == Code::StoreUnavailable => {
+            Err(failure) if matches!(failure.code, Code::StoreUnavailable | Code::StoreDenied) => {
                 // Once for all that were under way when it began.
                 if self.outage.is_none_or(|outage| outage.is_over()) {
                     self.outage = Some(Postponed::after(self.outage));

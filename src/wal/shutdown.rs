@@ -19,7 +19,7 @@ use tokio::{
 use super::{Origin, Origins, archive::Archiver, tail};
 use crate::{
     failure::Code,
-    pgdata::{Listening, ServerState},
+    pgdata::{Listening, ServerState, archiving_order},
 };
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -76,28 +76,31 @@ async fn is_refused(listening: &Listening) -> bool {
 
 /// Ships what is `.ready`, then the tail. PostgreSQL is gone, so that there will be no more.
 async fn ship_rest(archiver: &Arc<Archiver>, origin: &Origin) {
-    let mut shipped = 0;
-    'look: loop {
-        let pgdata = origin.pgdata.clone();
-        let ready = match tokio::task::spawn_blocking(move || pgdata.ready_files(BATCH)).await {
-            Ok(Ok(ready)) => ready,
-            _ => return,
-        };
-        // Nobody renames the marks any more: what is archived stays `.ready` until PostgreSQL asks at its next start.
-        let rest: Vec<_> = ready.into_iter().filter(|name| !archiver.is_archived(origin, *name)).collect();
-        for name in &rest {
-            match archiver.archive_file(origin, *name).await {
-                Ok(_) => shipped += 1,
-                Err(failure) if failure.code == Code::StoreUnavailable => {
-                    tokio::time::sleep(RETRY_EVERY).await;
-                    continue 'look;
-                }
-                // Told by the archiver. It stays on the volume, and what is behind it is shipped.
-                Err(_) => {}
-            }
-        }
-        if rest.len() < BATCH {
+    let (mut shipped, mut last) = (0, None);
+    loop {
+        let (looking, from) = ((archiver.clone(), origin.clone()), last);
+        let ready = tokio::task::spawn_blocking(move || {
+            let (archiver, origin) = looking;
+            // Nobody renames the marks any more: what is archived stays `.ready` until PostgreSQL asks at its next start.
+            origin.pgdata.ready_files(BATCH, |name| {
+                from.is_none_or(|from| archiving_order(&from) < archiving_order(name))
+                    && !archiver.is_archived(&origin, *name)
+            })
+        });
+        let Ok(Ok(ready)) = ready.await else { return };
+        if ready.is_empty() {
             break;
+        }
+        for name in ready {
+            // Any other failure is told by the archiver: it stays on the volume, and what is behind it is shipped.
+            let outcome = loop {
+                match archiver.archive_file(origin, name).await {
+                    Err(failure) if failure.code == Code::StoreUnavailable => tokio::time::sleep(RETRY_EVERY).await,
+                    outcome => break outcome,
+                }
+            };
+            shipped += u32::from(outcome.is_ok());
+            last = Some(name);
         }
     }
     if shipped > 0 {

@@ -85,7 +85,7 @@ fn a_backup_of_a_streaming_standby_is_restored_and_promotes_pg15() {
     wait_until("the standby streams", Duration::from_secs(30), || {
         primary.sql("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'") == "1"
     });
-    let mut beside_standby = Sidecar::second(&scratch, &standby, &repository);
+    let mut beside_standby = Sidecar::another(&scratch, "beside-standby", &standby, &repository);
     beside_standby.set("PGSIDECAR_BACKUP_WAL_TIMEOUT", "2s");
     beside_standby.start();
 

@@ -16,7 +16,7 @@ fn standby_of(scratch: &Scratch, primary: &Postgres, repository: &Repository) ->
     let directory = scratch.path().join("standby");
     run(primary.client("pg_basebackup").args(["-c", "fast", "-X", "stream", "--no-sync", "-R", "-D"]).arg(&directory));
     let mut standby = Postgres::on(scratch, directory, primary.major);
-    let mut sidecar = Sidecar::second(scratch, &standby, repository);
+    let mut sidecar = Sidecar::another(scratch, "beside-standby", &standby, repository);
     standby.configure(&sidecar.archive_settings().iter().map(String::as_str).collect::<Vec<_>>());
     standby.start(&[]);
     wait_until("the standby streams", PATIENCE, || {
@@ -149,7 +149,7 @@ fn of_two_live_primaries_the_owner_wins_and_the_other_is_told_at_its_first_call_
     let directory = scratch.path().join("copy");
     copy_directory(&primary.data, &directory);
     let mut copy = Postgres::on(&scratch, directory, 15);
-    let mut beside_copy = Sidecar::second(&scratch, &copy, &repository);
+    let mut beside_copy = Sidecar::another(&scratch, "beside-copy", &copy, &repository);
     copy.configure(&beside_copy.archive_settings().iter().map(String::as_str).collect::<Vec<_>>());
     copy.start(&[]);
     beside_copy.start();
@@ -215,7 +215,7 @@ fn a_legitimate_failover_and_a_restore_are_never_refused_pg15() {
     let to = scratch.path().join("elsewhere");
     beside_standby.ok(&["restore", "run", "--to", to.to_str().unwrap()]);
     let mut restored = Postgres::on(&scratch, to, 15);
-    let mut beside_restored = Sidecar::second(&scratch, &restored, &repository);
+    let mut beside_restored = Sidecar::another(&scratch, "beside-restored", &restored, &repository);
     beside_restored.set("PGSIDECAR_WAL_LISTEN", &format!("127.0.0.1:{}", beside_standby.port));
     restored.configure(&beside_restored.archive_settings().iter().map(String::as_str).collect::<Vec<_>>());
     beside_restored.port = beside_standby.port;

@@ -1,6 +1,6 @@
 //! A look into a repository past everything that is under test but the store.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use pgsidecar::store::{ByteRange, Creation, ListRequest, LocalStore, Pages, S3Store, Store};
 use pgsidecar_core::{ContentId, ObjectKey};
@@ -83,6 +83,18 @@ impl Look {
         let end = format!("/{name}.zst");
         let (key, _) = self.keys().into_iter().find(|(key, _)| key.as_str().ends_with(&end))?;
         Some(zstd::decode_all(self.object(&key).0.as_slice()).unwrap())
+    }
+
+    /// The plain content of all WAL files of this cluster name, by their names.
+    pub fn all_wal(&self, cluster: &str) -> BTreeMap<String, Vec<u8>> {
+        let of_cluster =
+            |key: &ObjectKey| key.as_str().starts_with(&format!("{cluster}/")) && key.as_str().contains("/wal/");
+        let keys = self.keys().into_iter().filter(|(key, _)| of_cluster(key));
+        let files = keys.map(|(key, _)| {
+            let name = key.as_str().rsplit('/').next().unwrap().strip_suffix(".zst").unwrap().to_owned();
+            (name, zstd::decode_all(self.object(&key).0.as_slice()).unwrap())
+        });
+        files.collect()
     }
 
     /// Each listed object is whole: as long as listed, and it decodes to what it says that it is.

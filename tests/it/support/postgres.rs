@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::{Scratch, command, give_to_servers, run, wait_until};
 
 /// A data directory and, while it runs, the server on it. Killed on drop.
@@ -15,6 +17,8 @@ pub struct Postgres {
     pub data: PathBuf,
     pub socket: PathBuf,
     pub major: u32,
+    /// At which it listens: a part of the socket's name.
+    pub port: u16,
     /// Variables of the server's environment.
     pub environment: Vec<(String, String)>,
     child: Option<Child>,
@@ -60,7 +64,7 @@ impl Postgres {
             fs::create_dir(&socket).unwrap();
             give_to_servers(&socket);
         }
-        Postgres { data, socket, major, environment: Vec::new(), child: None }
+        Postgres { data, socket, major, port: 5432, environment: Vec::new(), child: None }
     }
 
     /// Adds lines to postgresql.conf.
@@ -87,6 +91,7 @@ impl Postgres {
         let mut postgres = command(Postgres::bin(self.major).join("postgres"));
         postgres.envs(self.environment.iter().map(|(name, value)| (name, value)));
         postgres.arg("-D").arg(&self.data).args(["-c", "listen_addresses="]);
+        postgres.args(["-p", &self.port.to_string()]);
         postgres.arg("-c").arg(format!("unix_socket_directories={}", self.socket.display())).args(options);
         postgres
             .current_dir(self.data.parent().unwrap())
@@ -144,6 +149,7 @@ impl Postgres {
         let mut client = command(Postgres::bin(self.major).join(program));
         client
             .env("PGHOST", &self.socket)
+            .env("PGPORT", self.port.to_string())
             .env("PGUSER", "postgres")
             .env("PGDATABASE", "postgres")
             .current_dir(&self.socket);
@@ -174,16 +180,79 @@ impl Postgres {
 
     /// Stops the server; `mode` is pg_ctl's.
     pub fn stop(&mut self, mode: &str) {
-        if let Some(mut child) = self.child.take() {
-            let signal = match mode {
-                "fast" => rustix::process::Signal::INT,
-                "immediate" => rustix::process::Signal::QUIT,
-                other => panic!("unknown mode {other}"),
-            };
-            let pid = rustix::process::Pid::from_child(&child);
-            rustix::process::kill_process(pid, signal).unwrap();
-            child.wait().unwrap();
+        if self.child.is_some() {
+            self.tell_to_stop(mode);
+            self.wait_for_end();
         }
+    }
+
+    /// Tells the server to stop, without waiting; `mode` is pg_ctl's.
+    pub fn tell_to_stop(&self, mode: &str) {
+        let signal = match mode {
+            "smart" => Signal::TERM,
+            "fast" => Signal::INT,
+            "immediate" => Signal::QUIT,
+            other => panic!("unknown mode {other}"),
+        };
+        kill_process(Pid::from_child(self.child.as_ref().unwrap()), signal).unwrap();
+    }
+
+    /// Waits until the server has ended.
+    pub fn wait_for_end(&mut self) {
+        self.child.take().unwrap().wait().unwrap();
+    }
+
+    /// Ends the server and all its processes at once, as the end of its container would.
+    pub fn kill(&mut self) {
+        let mut postmaster = self.child.take().unwrap();
+        let pid = postmaster.id();
+        // What it starts meanwhile has nothing to do yet.
+        let children = fs::read_dir("/proc").unwrap().filter_map(|process| {
+            let stat = fs::read_to_string(process.unwrap().path().join("stat")).ok()?;
+            let (before, after) = stat.rsplit_once(") ")?;
+            let parent: u32 = after.split(' ').nth(1)?.parse().ok()?;
+            (parent == pid).then(|| before.split(' ').next()?.parse().ok()).flatten()
+        });
+        let children: Vec<i32> = children.collect();
+        postmaster.kill().unwrap();
+        for child in children {
+            kill_process(Pid::from_raw(child).unwrap(), Signal::KILL).ok();
+        }
+        postmaster.wait().unwrap();
+    }
+
+    /// The names of the files in pg_wal that contain this, in order.
+    pub fn wal_files(&self, part: &str) -> Vec<String> {
+        let names = fs::read_dir(self.data.join("pg_wal")).unwrap();
+        let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.retain(|name| name.contains(part));
+        names.sort();
+        names
+    }
+
+    /// A file of pg_wal.
+    #[track_caller]
+    pub fn wal_file(&self, name: &str) -> Vec<u8> {
+        fs::read(self.data.join("pg_wal").join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// Puts a file into pg_wal.
+    pub fn lay(&self, name: &str, bytes: &[u8]) {
+        let path = self.data.join("pg_wal").join(name);
+        fs::write(&path, bytes).unwrap();
+        give_to_servers(&path);
+    }
+
+    /// Marks a file of pg_wal as PostgreSQL does: `ready` or `done`.
+    pub fn mark(&self, name: &str, state: &str) {
+        self.lay(&format!("archive_status/{name}.{state}"), b"");
+        let other = if state == "ready" { "done" } else { "ready" };
+        fs::remove_file(self.data.join(format!("pg_wal/archive_status/{name}.{other}"))).ok();
+    }
+
+    /// Whether the mark is there.
+    pub fn is_marked(&self, name: &str, state: &str) -> bool {
+        self.data.join(format!("pg_wal/archive_status/{name}.{state}")).exists()
     }
 }
 

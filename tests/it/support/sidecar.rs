@@ -3,9 +3,11 @@
 use std::{
     fs::{self, OpenOptions},
     path::PathBuf,
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Command, ExitStatus, Output, Stdio},
     time::Duration,
 };
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Postgres, Repository, Scratch, command, free_port, run, told, wait_until};
 
@@ -59,10 +61,11 @@ impl Sidecar {
         }
     }
 
-    /// A daemon beside another server of the same scratch.
-    pub fn second(scratch: &Scratch, postgres: &Postgres, repository: &Repository) -> Sidecar {
+    /// A daemon for another server of the same scratch: its log and its socket lie in a directory of this name.
+    pub fn another(scratch: &Scratch, name: &str, postgres: &Postgres, repository: &Repository) -> Sidecar {
         let mut sidecar = Sidecar::new(scratch, postgres, repository);
-        sidecar.set("PGSIDECAR_CONTROL_SOCKET", scratch.path().join("second.sock").to_str().unwrap());
+        sidecar.directory = scratch.dir(name);
+        sidecar.set("PGSIDECAR_CONTROL_SOCKET", &sidecar.directory.join("control.sock").display().to_string());
         sidecar
     }
 
@@ -127,10 +130,25 @@ impl Sidecar {
     }
 
     /// Sends SIGTERM and waits; answers with the exit status.
-    pub fn stop(&mut self) -> std::process::ExitStatus {
-        let mut child = self.child.take().expect("the daemon runs");
-        rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM).unwrap();
-        child.wait().unwrap()
+    pub fn stop(&mut self) -> ExitStatus {
+        self.tell_to_stop();
+        self.wait_for_end()
+    }
+
+    /// Sends SIGTERM, without waiting.
+    pub fn tell_to_stop(&self) {
+        let child = self.child.as_ref().expect("the daemon runs");
+        kill_process(Pid::from_child(child), Signal::TERM).unwrap();
+    }
+
+    /// Waits until it has ended; answers with the exit status.
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        self.child.take().expect("the daemon ran").wait().unwrap()
+    }
+
+    /// Whether it runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_none())
     }
 
     /// Runs the command-line tool.

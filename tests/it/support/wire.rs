@@ -38,12 +38,26 @@ struct Hold {
     answer_only: bool,
 }
 
+/// Which requests are refused, and how many more.
+struct Refusal {
+    method: &'static str,
+    needle: String,
+    times: u32,
+}
+
+/// What S3 says that nobody tries again.
+const DENIED: &str = "HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nConnection: close\r\nContent-Length: 76\r\n\r\n\
+    <?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message/></Error>     ";
+
 struct State {
     mode: Mode,
     /// Counts the changes of `mode`: bytes are counted from the last one on.
     changes: u64,
     hold: Option<Hold>,
     held: u32,
+    refusal: Option<Refusal>,
+    /// The first lines of what was passed on or refused.
+    requests: Vec<String>,
     cuts: u32,
     connections: Vec<TcpStream>,
 }
@@ -70,7 +84,16 @@ impl Wire {
     /// A proxy to this `host:port`.
     pub fn to(target: &str) -> Wire {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let state = State { mode: Mode::Pass, changes: 0, hold: None, held: 0, cuts: 0, connections: Vec::new() };
+        let state = State {
+            mode: Mode::Pass,
+            changes: 0,
+            hold: None,
+            held: 0,
+            refusal: None,
+            requests: Vec::new(),
+            cuts: 0,
+            connections: Vec::new(),
+        };
         let shared =
             Arc::new(Shared { target: target.parse().unwrap(), state: Mutex::new(state), changed: Condvar::new() });
         let address = listener.local_addr().unwrap();
@@ -109,6 +132,11 @@ impl Wire {
         self.shared.lock().hold = Some(Hold { method, needle: needle.to_owned(), answer_only: true });
     }
 
+    /// How many requests are held back.
+    pub fn held(&self) -> u32 {
+        self.shared.lock().held
+    }
+
     /// Waits until a request is held back.
     #[track_caller]
     pub fn wait_for_held(&self) {
@@ -123,6 +151,18 @@ impl Wire {
         state.changes += 1;
         state.cut_all();
         self.shared.changed.notify_all();
+    }
+
+    /// Answers the next so many requests with this method whose first line contains this with 403.
+    pub fn refuse(&self, method: &'static str, needle: &str, times: u32) {
+        self.shared.lock().refusal = Some(Refusal { method, needle: needle.to_owned(), times });
+    }
+
+    /// The first lines of the requests so far that were not held back, in their order: those with this method that
+    /// contain this.
+    pub fn requests(&self, method: &str, needle: &str) -> Vec<String> {
+        let fits = |line: &&String| line.starts_with(method) && line.contains(needle);
+        self.shared.lock().requests.iter().filter(fits).cloned().collect()
     }
 
     /// How many connections have been cut after some bytes.
@@ -170,6 +210,10 @@ impl Shared {
         let mut buffer = [0; 16 * 1024];
         let (mut passed, mut since) = (0, self.lock().changes);
         while let Ok(n @ 1..) = from.read(&mut buffer) {
+            if direction == Direction::Up && self.refuses(&buffer[..n]) {
+                from.write_all(DENIED.as_bytes()).ok();
+                break;
+            }
             let Some(wait) = self.judge(direction, &buffer[..n], &mut passed, &mut since, answer_is_held) else {
                 break;
             };
@@ -180,6 +224,17 @@ impl Shared {
         }
         from.shutdown(Shutdown::Both).ok();
         to.shutdown(Shutdown::Both).ok();
+    }
+
+    fn refuses(&self, chunk: &[u8]) -> bool {
+        let (line, mut state) = (first_line(chunk), self.lock());
+        let Some(refusal) = &mut state.refusal else { return false };
+        let refused = refusal.times > 0 && line.starts_with(refusal.method) && line.contains(&refusal.needle);
+        if refused {
+            refusal.times -= 1;
+            state.requests.push(line);
+        }
+        refused
     }
 
     /// Whether a chunk may pass, and after what pause.
@@ -205,6 +260,10 @@ impl Shared {
         if direction == Direction::Down && *answer_is_held.lock().unwrap() {
             state.held += 1;
             return self.block(state);
+        }
+        let line = first_line(chunk);
+        if direction == Direction::Up && line.ends_with(" HTTP/1.1") {
+            state.requests.push(line);
         }
         if *since != state.changes {
             (*passed, *since) = (0, state.changes);
@@ -242,8 +301,12 @@ impl Shared {
 
 impl Hold {
     fn wants(&self, chunk: &[u8]) -> bool {
-        let line = chunk.split(|byte| *byte == b'\r').next().unwrap_or_default();
-        let line = String::from_utf8_lossy(line);
+        let line = first_line(chunk);
         line.starts_with(self.method) && line.contains(&self.needle)
     }
+}
+
+fn first_line(chunk: &[u8]) -> String {
+    let line = chunk.split(|byte| *byte == b'\r').next().unwrap_or_default();
+    String::from_utf8_lossy(line).into_owned()
 }
