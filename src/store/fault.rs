@@ -55,6 +55,10 @@ pub enum Fault {
     Flip(u64),
     /// It takes this much longer.
     Delay(Duration),
+    /// Nothing happens, and it never comes back: whoever waits has to be killed.
+    NeverBefore,
+    /// It's done, and never comes back.
+    NeverAfter,
 }
 
 #[derive(Debug, Clone)]
@@ -77,6 +81,7 @@ struct State {
     random: u64,
     chance_before: f64,
     chance_after: f64,
+    chance_never: f64,
     rules: Vec<Rule>,
     injected: u64,
 }
@@ -95,6 +100,12 @@ impl FaultPlan {
             (state.random, state.chance_before, state.chance_after) = (seed, before, after);
         }
         plan
+    }
+
+    /// And with this probability a call never comes back; half of those are done.
+    pub fn and_never(self, chance: f64) -> FaultPlan {
+        self.lock().chance_never = chance;
+        self
     }
 
     /// The `nth` call (from 1 on) of this operation on a key that contains this text goes wrong.
@@ -118,7 +129,7 @@ impl FaultPlan {
     pub fn heal(&self) {
         let mut state = self.lock();
         state.rules.clear();
-        (state.chance_before, state.chance_after) = (0.0, 0.0);
+        (state.chance_before, state.chance_after, state.chance_never) = (0.0, 0.0, 0.0);
     }
 
     /// How many faults there have been: a test that meant to meet some can tell that it did.
@@ -150,13 +161,20 @@ impl FaultPlan {
                 fault = Some(rule.fault);
             }
         }
-        if fault.is_none() && (state.chance_before > 0.0 || state.chance_after > 0.0) {
-            let drawn = state.next_random();
-            if drawn < state.chance_before {
-                fault = Some(Fault::Before(StoreErrorKind::Unavailable));
-            } else if drawn < state.chance_before + state.chance_after {
-                fault = Some(Fault::After(StoreErrorKind::Unavailable));
-            }
+        let chances = [state.chance_before, state.chance_after, state.chance_never / 2.0, state.chance_never / 2.0];
+        if fault.is_none() && chances.iter().sum::<f64>() > 0.0 {
+            let mut drawn = state.next_random();
+            let faults = [
+                Fault::Before(StoreErrorKind::Unavailable),
+                Fault::After(StoreErrorKind::Unavailable),
+                Fault::NeverBefore,
+                Fault::NeverAfter,
+            ];
+            fault = faults.into_iter().zip(chances).find_map(|(fault, chance)| {
+                let hit = (0.0..chance).contains(&drawn);
+                drawn -= chance;
+                hit.then_some(fault)
+            });
         }
         state.injected += u64::from(fault.is_some());
         fault
@@ -173,10 +191,12 @@ impl FaultPlan {
         match fault {
             Some(Fault::Before(kind)) => return Err(injected(kind, key, "before it was done")),
             Some(Fault::Delay(delay)) => tokio::time::sleep(delay).await,
+            Some(Fault::NeverBefore) => std::future::pending().await,
             _ => {}
         }
         let result = call.await?;
         match fault {
+            Some(Fault::NeverAfter) => std::future::pending().await,
             Some(Fault::After(kind)) => Err(injected(kind, key, "after it was done")),
             fault => Ok((result, fault)),
         }

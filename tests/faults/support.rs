@@ -56,6 +56,11 @@ impl World {
         World::with(FaultPlan::random(seed, before, after), 1)
     }
 
+    /// Calls fail before and after they took effect, or never come back, with these probabilities.
+    pub fn deadly(seed: u64, before: f64, after: f64, never: f64) -> World {
+        World::with(FaultPlan::random(seed, before, after).and_never(never), 1)
+    }
+
     fn with(plan: FaultPlan, megabytes: u64) -> World {
         let directory = tempfile::tempdir().unwrap();
         let data = directory.path().join("data");
@@ -87,13 +92,23 @@ impl World {
 
     /// The server, which has marked this file.
     pub fn origin(&self, name: ArchiveFileName) -> Origin {
-        let mark = self.pgdata.wal().join(format!("archive_status/{name}.done"));
-        std::fs::write(mark, "").unwrap();
-        Origin {
-            repository: self.repository.clone(),
-            pgdata: self.pgdata.clone(),
-            control: self.control(),
-            claimant: None,
+        self.mark(&name, "done");
+        self.server()
+    }
+
+    /// The server.
+    pub fn server(&self) -> Origin {
+        let (repository, pgdata) = (self.repository.clone(), self.pgdata.clone());
+        Origin { repository, pgdata, control: self.control(), claimant: None }
+    }
+
+    /// Marks a file as `ready` or `done`, as PostgreSQL does.
+    pub fn mark(&self, name: &ArchiveFileName, state: &str) {
+        let mark = |state: &str| self.pgdata.wal().join(format!("archive_status/{name}.{state}"));
+        if state == "done" && mark("ready").exists() {
+            std::fs::rename(mark("ready"), mark("done")).unwrap();
+        } else {
+            std::fs::write(mark(state), "").unwrap();
         }
     }
 
