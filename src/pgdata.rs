@@ -52,14 +52,14 @@ impl FileStamp {
     }
 }
 
-/// What `postmaster.pid` tells of the server.
+/// What `postmaster.pid` tells of the server. A port is the one at which it listens on 127.0.0.1, if it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServerState {
     /// There is no such file: it was never started, or has stopped in order.
     Gone,
-    /// It's on its way down.
-    Stopping,
-    /// It runs, or was killed. With the port at which it listens on 127.0.0.1, if it does.
+    /// It's on its way down, or was killed there.
+    Stopping(Option<u16>),
+    /// It runs, or was killed.
     Running(Option<u16>),
 }
 
@@ -67,11 +67,9 @@ impl ServerState {
     /// Source: `src/include/utils/pidfile.h`. Line 4 is the port, 6 the first listen address, 8 the state.
     fn parse(pid_file: &str) -> ServerState {
         let line = |number: usize| pid_file.lines().nth(number - 1).unwrap_or_default().trim();
-        if line(8) == "stopping" {
-            return ServerState::Stopping;
-        }
         let loopback = matches!(line(6), "*" | "localhost" | "127.0.0.1" | "0.0.0.0");
-        ServerState::Running(line(4).parse().ok().filter(|_| loopback))
+        let port = line(4).parse().ok().filter(|_| loopback);
+        if line(8) == "stopping" { ServerState::Stopping(port) } else { ServerState::Running(port) }
     }
 }
 
@@ -265,7 +263,7 @@ mod tests {
         assert_eq!(file("localhost", "standby "), ServerState::Running(Some(5433)));
         assert_eq!(file("", "starting"), ServerState::Running(None));
         assert_eq!(file("10.0.0.7", "ready   "), ServerState::Running(None));
-        assert_eq!(file("*", "stopping"), ServerState::Stopping);
+        assert_eq!(file("*", "stopping"), ServerState::Stopping(Some(5433)));
         assert_eq!(ServerState::parse(""), ServerState::Running(None));
     }
 }
