@@ -17,5 +17,6 @@ mod point_in_time;
 mod restore_refusals;
 #[path = "../support/server.rs"]
 mod server;
+mod shutdown;
 mod support;
 mod wal_restoring;
