@@ -14,6 +14,7 @@ mod memory;
 mod misconfiguration;
 mod outage;
 mod point_in_time;
+mod prefetch;
 mod restore_refusals;
 #[path = "../support/server.rs"]
 mod server;
