@@ -57,8 +57,8 @@ impl FileStamp {
 pub enum ServerState {
     /// There is no such file: it was never started, or has stopped in order.
     Gone,
-    /// It's on its way down.
-    Stopping,
+    /// It's on its way down, or was killed there.
+    Stopping(Listening),
     /// It runs, or was killed.
     Running(Listening),
 }
@@ -77,14 +77,12 @@ impl ServerState {
     /// address, 8 the state.
     fn parse(pid_file: &str) -> ServerState {
         let line = |number: usize| pid_file.lines().nth(number - 1).unwrap_or_default().trim();
-        if line(8) == "stopping" {
-            return ServerState::Stopping;
-        }
         let port: Option<u16> = line(4).parse().ok();
         let loopback = matches!(line(6), "*" | "localhost" | "127.0.0.1" | "0.0.0.0");
         let socket =
             port.filter(|_| line(5).starts_with('/')).map(|port| format!("{}/.s.PGSQL.{port}", line(5)).into());
-        ServerState::Running(Listening { port: port.filter(|_| loopback), socket })
+        let listening = Listening { port: port.filter(|_| loopback), socket };
+        if line(8) == "stopping" { ServerState::Stopping(listening) } else { ServerState::Running(listening) }
     }
 }
 
@@ -280,7 +278,8 @@ mod tests {
         assert_eq!(file("localhost", "standby "), running(Some(5433)));
         assert_eq!(file("", "starting"), running(None));
         assert_eq!(file("10.0.0.7", "ready   "), running(None));
-        assert_eq!(file("*", "stopping"), ServerState::Stopping);
+        let stopping = Listening { port: Some(5433), socket: socket.clone() };
+        assert_eq!(file("*", "stopping"), ServerState::Stopping(stopping));
         assert_eq!(ServerState::parse(""), ServerState::Running(Listening::default()));
     }
 }

@@ -9,6 +9,8 @@
 //!   with it, and a segment of the right size at the right place. And it's handed out once: it's PostgreSQL's then.
 //! - 'Not in the archive' is said only when the store said so *after* the question (I5): that a segment wasn't there
 //!   when it was looked for ahead proves nothing later, and a failure ahead fails nobody.
+//! - The end of a stopped server's WAL stands in for a whole segment only where the store has said, after the question,
+//!   that there is none, and only for those who asked for it.
 //! - A file is fetched once however many ask for it; a caller who leaves finds it when it comes back.
 //! - The spool is bounded: [`MOST_AHEAD`] segments or [`MOST_AHEAD_BYTES`], and what is asked for.
 
@@ -118,17 +120,24 @@ impl State {
     }
 }
 
+/// What came of a fetch.
+struct Fetched {
+    file: Spooled,
+    /// Not the whole segment, but what a stopped server had of it.
+    is_tail: bool,
+}
+
 /// A file that is being fetched, or waits to be taken.
 struct Slot {
     /// It was begun before anybody asked.
     ahead: bool,
     done: watch::Receiver<bool>,
-    result: Mutex<Option<Result<Spooled, Failure>>>,
+    result: Mutex<Option<Result<Fetched, Failure>>>,
     task: Mutex<Option<AbortHandle>>,
 }
 
 impl Slot {
-    fn take(&self) -> Option<Result<Spooled, Failure>> {
+    fn take(&self) -> Option<Result<Fetched, Failure>> {
         self.result.lock().ok().and_then(|mut result| result.take())
     }
 
@@ -177,16 +186,18 @@ impl Shared {
     async fn fetch(self: &Arc<Self>, request: &FetchRequest) -> Result<Spooled, Failure> {
         let name = (request.repository.layout().system(), request.name);
         for _ in 0..TRIES {
-            let slot = self.slot(request, false)?;
+            let (slot, is_ours) = self.slot(request, false)?;
             self.look_ahead(request);
             let mut done = slot.done.clone();
             // That the sender is gone means that the task was thrown away.
             let _ = done.wait_for(|done| *done).await;
             self.forget(&name, &slot);
             match slot.take() {
-                // What was looked for before the question doesn't answer it.
-                Some(Err(_)) if slot.ahead => {}
-                Some(result) => return result,
+                // Whole, it's the file whenever it was fetched. What was looked for before the question, ahead or for
+                // somebody who has left, doesn't say what there is now.
+                Some(Ok(found)) if is_ours || !found.is_tail => return Ok(found.file),
+                Some(Err(failure)) if is_ours => return Err(failure),
+                Some(_) => {}
                 // It went to somebody else who asked for the same, or was thrown away.
                 None => {}
             }
@@ -195,12 +206,12 @@ impl Shared {
             .hint("PostgreSQL asks again."))
     }
 
-    /// The slot of this file, which is begun if there is none.
-    fn slot(self: &Arc<Self>, request: &FetchRequest, ahead: bool) -> Result<Arc<Slot>, Failure> {
+    /// The slot of this file, and whether it was begun just now because there was none.
+    fn slot(self: &Arc<Self>, request: &FetchRequest, ahead: bool) -> Result<(Arc<Slot>, bool), Failure> {
         let name = (request.repository.layout().system(), request.name);
         let mut state = self.state.lock().map_err(|_| Failure::internal("the spool is unusable"))?;
         if let Some(slot) = state.slots.get(&name) {
-            return Ok(slot.clone());
+            return Ok((slot.clone(), false));
         }
         let (sender, done) = watch::channel(false);
         let slot = Arc::new(Slot { ahead, done, result: Mutex::default(), task: Mutex::default() });
@@ -234,7 +245,7 @@ impl Shared {
         if let Ok(mut place) = slot.task.lock() {
             *place = Some(task.abort_handle());
         }
-        Ok(slot)
+        Ok((slot, true))
     }
 
     fn forget(&self, name: &SlotName, slot: &Arc<Slot>) {
@@ -265,7 +276,7 @@ impl Shared {
             let Some(following) = next.next(size) else { return };
             next = following;
             let request = FetchRequest { name: ArchiveFileName::Segment(next), tail: false, ..request.clone() };
-            let Ok(slot) = self.slot(&request, true) else { return };
+            let Ok((slot, _)) = self.slot(&request, true) else { return };
             // The archive ended here a moment ago: no use in asking for what is behind.
             if slot.result.lock().is_ok_and(|result| matches!(&*result, Some(Err(_)))) {
                 return;
@@ -273,7 +284,7 @@ impl Shared {
         }
     }
 
-    async fn fetch_now(&self, request: &FetchRequest) -> Result<Spooled, Failure> {
+    async fn fetch_now(&self, request: &FetchRequest) -> Result<Fetched, Failure> {
         let FetchRequest { repository, name, .. } = request;
         let cluster = self.known_cluster(repository).await?;
         let key = match *name {
@@ -281,14 +292,14 @@ impl Shared {
             _ => repository.layout().wal(name),
         };
         if let Some(found) = self.read(request, &cluster, &key).await? {
-            return Ok(found);
+            return Ok(Fetched { file: found, is_tail: false });
         }
         if let (true, ArchiveFileName::Segment(segment)) = (request.tail, *name)
             && let Some(tail) = tail::newest(repository, segment).await?
             && let Some(found) = self.read(request, &cluster, &tail.key).await?
         {
             tracing::info!(%segment, "the archive ends before this segment: handing out what the stopped server had of it");
-            return Ok(found);
+            return Ok(Fetched { file: found, is_tail: true });
         }
         Err(not_in_archive(*name))
     }
@@ -337,10 +348,10 @@ impl Shared {
 }
 
 /// A task that ends with whoever waits for it.
-struct AbortOnDrop(tokio::task::JoinHandle<Result<Spooled, Failure>>);
+struct AbortOnDrop(tokio::task::JoinHandle<Result<Fetched, Failure>>);
 
 impl AbortOnDrop {
-    async fn join(mut self) -> Result<Spooled, Failure> {
+    async fn join(mut self) -> Result<Fetched, Failure> {
         (&mut self.0).await.unwrap_or_else(|panic| Err(panic.into()))
     }
 }

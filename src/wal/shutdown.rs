@@ -44,16 +44,18 @@ pub async fn finish(archiver: &Arc<Archiver>, origins: &dyn Origins, patience: D
         };
         match origin.pgdata.server() {
             Ok(ServerState::Gone) => return ship_rest(archiver, &origin).await,
-            Ok(ServerState::Stopping) => {}
-            Ok(ServerState::Running(listening)) if asked.elapsed() >= patience => {
-                if is_refused(&listening).await {
-                    tracing::info!("PostgreSQL was killed: its postmaster.pid is there, but nobody listens");
-                    return ship_rest(archiver, &origin).await;
-                }
+            Ok(ServerState::Stopping(listening) | ServerState::Running(listening))
+                if asked.elapsed() >= patience && is_refused(&listening).await =>
+            {
+                // It listens until all its processes have ended, also while it stops.
+                tracing::info!("PostgreSQL was killed: its postmaster.pid is there, but nobody listens");
+                return ship_rest(archiver, &origin).await;
+            }
+            Ok(ServerState::Running(_)) if asked.elapsed() >= patience => {
                 tracing::info!("PostgreSQL runs on; its WAL waits for the next start of pgsidecar");
                 return;
             }
-            Ok(ServerState::Running(_)) => {}
+            Ok(ServerState::Stopping(_) | ServerState::Running(_)) => {}
             Err(_) if asked.elapsed() >= patience => return,
             Err(_) => {}
         }

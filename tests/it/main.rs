@@ -15,9 +15,11 @@ mod memory;
 mod misconfiguration;
 mod outage;
 mod point_in_time;
+mod prefetch;
 mod restore_refusals;
 #[path = "../support/server.rs"]
 mod server;
+mod shutdown;
 mod support;
 mod wal_restoring;
 mod wal_verify;

@@ -73,6 +73,13 @@ impl Sidecar {
         Answer::parse(&exchange(self.port, head(method, path, "").as_bytes()))
     }
 
+    /// Sends a request without waiting for the answer.
+    pub fn begin(&self, method: &str, path: &str) -> TcpStream {
+        let mut stream = connect(self.port);
+        stream.write_all(head(method, path, "").as_bytes()).unwrap();
+        stream
+    }
+
     pub fn get(&self, name: &str) -> Answer {
         self.ask("GET", &format!("/v1/wal/{name}"))
     }
