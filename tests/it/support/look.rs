@@ -87,8 +87,11 @@ impl Look {
 
     /// The plain content of all WAL files of this cluster name, by their names.
     pub fn all_wal(&self, cluster: &str) -> BTreeMap<String, Vec<u8>> {
-        let of_cluster =
-            |key: &ObjectKey| key.as_str().starts_with(&format!("{cluster}/")) && key.as_str().contains("/wal/");
+        let of_cluster = |key: &ObjectKey| {
+            key.as_str().starts_with(&format!("{cluster}/"))
+                && key.as_str().contains("/wal/")
+                && key.as_str().ends_with(".zst")
+        };
         let keys = self.keys().into_iter().filter(|(key, _)| of_cluster(key));
         let files = keys.map(|(key, _)| {
             let name = key.as_str().rsplit('/').next().unwrap().strip_suffix(".zst").unwrap().to_owned();
