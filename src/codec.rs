@@ -167,6 +167,38 @@ impl<W: Write> Write for HashingWriter<W> {
     }
 }
 
+/// Copies all that there is, in pieces of [`CHUNK`] bytes; the standard library's are of 8 kB, each with a call of the
+/// kernel and a start of the hash.
+///
+/// # Errors
+/// The reader's or the writer's.
+pub fn copy(reader: &mut impl Read, writer: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match fill(reader, &mut buffer)? {
+            0 => return Ok(()),
+            filled => writer.write_all(&buffer[..filled])?,
+        }
+    }
+}
+
+/// Reads until the buffer is full or the end.
+///
+/// # Errors
+/// The reader's.
+pub fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match reader.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
 /// A new zstd stream with a content checksum, so that damage is found by `zstd -d` as well.
 ///
 /// # Errors

@@ -269,7 +269,7 @@ impl Repository {
         let hash = move || {
             let why = reader.failure();
             let mut hashing = codec::HashingWriter::new(std::io::sink());
-            std::io::copy(&mut reader, &mut hashing).map_err(|error| why.or_io("reading", &error))?;
+            codec::copy(&mut reader, &mut hashing).map_err(|error| why.or_io("reading", &error))?;
             Ok::<_, Failure>(hashing.finish().1)
         };
         let found = tokio::task::spawn_blocking(hash).await??;
@@ -297,7 +297,7 @@ impl Repository {
             };
             let mut decoder = zstd::stream::read::Decoder::new(reader).map_err(failed)?;
             let mut hashing = codec::HashingWriter::new(writer);
-            std::io::copy(&mut decoder, &mut hashing).map_err(failed)?;
+            codec::copy(&mut decoder, &mut hashing).map_err(failed)?;
             let (writer, content) = hashing.finish();
             match expected {
                 Some(expected) if expected != content => Err(damaged(

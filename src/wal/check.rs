@@ -13,7 +13,7 @@ use pgsidecar_core::{
 };
 
 use crate::{
-    codec::{CHUNK, FRAME},
+    codec::{CHUNK, FRAME, fill},
     failure::{Code, Failure},
     histories::MAX_HISTORY_BYTES,
     pgdata::FileStamp,
@@ -201,18 +201,4 @@ pub fn is_vouched_for(
         | ClusterState::ShutDownInRecovery => false,
     };
     primary && segment >= control.timeline && histories.into_iter().all(|timeline| timeline <= segment)
-}
-
-/// Reads until the buffer is full or the end.
-fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match reader.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
 }

@@ -61,7 +61,7 @@ fn hash(origin: &Origin, segment: SegmentName) -> Result<ContentId, Failure> {
     let (mut file, _) = open(origin, segment)?;
     let mut hashing = HashingWriter::new(std::io::sink());
     file.rewind()
-        .and_then(|()| std::io::copy(&mut file, &mut hashing))
+        .and_then(|()| codec::copy(&mut file, &mut hashing))
         .map_err(|error| Failure::io(format!("reading {segment}"), &error))?;
     Ok(hashing.finish().1)
 }
