@@ -18,6 +18,8 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
+
 use crate::{
     failure::{Code, Failure},
     pgdata::DataDirectory,
@@ -32,6 +34,8 @@ const TAKEN_WITHIN: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Spool {
     configured: Option<PathBuf>,
+    /// Tells this daemon from those before it, which in a container have had the same process id.
+    began: Timestamp,
     handed_over: AtomicU64,
 }
 
@@ -47,7 +51,7 @@ pub struct Spooled {
 impl Spool {
     /// Files in this directory, which is made when it's needed; or in pg_wal.
     pub fn new(configured: Option<PathBuf>) -> Spool {
-        Spool { configured, handed_over: AtomicU64::new(0) }
+        Spool { configured, began: Timestamp::now(), handed_over: AtomicU64::new(0) }
     }
 
     /// An empty file. `pgdata`: the data directory that is being restored, if it's the daemon's own.
@@ -83,7 +87,8 @@ impl Spool {
         if *ours != inode {
             return None;
         }
-        let name = format!("{HANDED_OVER}{}.{}", std::process::id(), self.handed_over.fetch_add(1, Relaxed));
+        // Never a name twice: a helper that has outlived its daemon would take another file for its own.
+        let name = format!("{HANDED_OVER}{}.{}", self.began.as_nanosecond(), self.handed_over.fetch_add(1, Relaxed));
         let path = pg_wal.join(&name);
         // The way that needs no privilege: open(2) under O_TMPFILE. Fails where the file never was nameless.
         let nameless = format!("/proc/self/fd/{}", spooled.file.as_raw_fd());
