@@ -60,8 +60,25 @@ fn a_promoted_standby_archives_what_it_received_in_part_apart_from_the_whole(maj
         }
         backup.join().unwrap()
     });
+    // Records of all lengths, some of several pages, through the ends of some thirty segments.
+    primary.sql(
+        "CREATE TABLE filler AS SELECT n, (SELECT string_agg(md5(i::text || n), '') FROM generate_series(1, n % 300) i) \
+         FROM generate_series(1, 5000) n; CREATE INDEX ON filler (n); DELETE FROM filler WHERE n % 3 = 0",
+    );
     let name = primary.switch_wal();
     wait_until("the standby archives", PATIENCE, || standby.is_marked(&name, "done"));
+    primary.wait_until_archived();
+    let look = Look::into(&repository);
+    let whole = look.all_wal("standby");
+    // Before that are those that came with the copy.
+    let first = whole.keys().find(|name| name.len() == 24).unwrap();
+    let sent =
+        standby.wal_files("00000001").into_iter().filter(|sent| sent.len() == 24 && (first..=&name).contains(&sent));
+    let sent: Vec<String> = sent.collect();
+    assert!(sent.len() > 25, "{sent:?}");
+    for sent in sent {
+        assert!(whole.contains_key(&sent), "{sent} is whole: {:?}", whole.keys());
+    }
     primary.sql("INSERT INTO t VALUES (1)");
     in_step(&primary, &standby);
     match end {
@@ -84,7 +101,6 @@ fn a_promoted_standby_archives_what_it_received_in_part_apart_from_the_whole(maj
     standby.wait_until_archived();
     assert!(!standby.log().contains("archive command failed"), "{}\n{}", standby.log(), beside_standby.log());
 
-    let look = Look::into(&repository);
     let archived = look.all_wal("standby");
     let partial: Vec<_> = archived.keys().filter(|name| name.contains(".partial.")).collect();
     assert!(!partial.is_empty(), "{:?}", archived.keys());
