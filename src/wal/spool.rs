@@ -13,7 +13,7 @@ use std::{
         fd::AsRawFd,
         unix::fs::{DirBuilderExt, MetadataExt},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
@@ -80,6 +80,17 @@ impl Spool {
         Ok(Spooled { file: tempfile::tempfile_in(&directory).map_err(failed)?, pg_wal: None })
     }
 
+    /// How many bytes an unprivileged user can still write in the file system to which the files go; `None` if it
+    /// can't be told.
+    pub fn room(&self, pgdata: Option<&DataDirectory>) -> Option<u64> {
+        let place = match (&self.configured, pgdata) {
+            (Some(configured), _) => configured.clone(),
+            (None, Some(pgdata)) => pgdata.wal(),
+            (None, None) => std::env::temp_dir(),
+        };
+        rustix::fs::statvfs(&place).ok().map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
     /// Gives the file a name in pg_wal, for whoever sees that directory under this inode, and tells it. The file is
     /// PostgreSQL's from then on. `None` if it doesn't lie there; then it has to be copied.
     pub fn hand_over(&self, spooled: &Spooled, inode: u64) -> Option<String> {
@@ -118,9 +129,4 @@ fn own_pg_wal(pgdata: &DataDirectory) -> Option<(PathBuf, u64)> {
     let path = pgdata.wal();
     let meta = fs::metadata(&path).ok()?;
     (meta.uid() == rustix::process::geteuid().as_raw()).then(|| (path, meta.ino()))
-}
-
-/// How many bytes an unprivileged user can still write in the file system of this directory.
-pub fn room(directory: &Path) -> Option<u64> {
-    rustix::fs::statvfs(directory).ok().map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
