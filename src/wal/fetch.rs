@@ -31,7 +31,7 @@ use tokio::{
 };
 
 use super::{
-    spool::{self, Spool, Spooled},
+    spool::{Spool, Spooled},
     tail,
 };
 use crate::{
@@ -267,7 +267,7 @@ impl Shared {
             state.note(system, segment, size)
         };
         let Some(size) = size else { return };
-        let room = request.pgdata.as_ref().and_then(|pgdata| spool::room(&pgdata.wal()));
+        let room = self.spool.room(request.pgdata.as_ref());
         if room.is_some_and(|room| room < ROOM * window * size.bytes()) {
             return;
         }

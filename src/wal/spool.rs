@@ -13,10 +13,12 @@ use std::{
         fd::AsRawFd,
         unix::fs::{DirBuilderExt, MetadataExt},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
+
+use jiff::Timestamp;
 
 use crate::{
     failure::{Code, Failure},
@@ -32,6 +34,8 @@ const TAKEN_WITHIN: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Spool {
     configured: Option<PathBuf>,
+    /// Tells this daemon from those before it, which in a container have had the same process id.
+    began: Timestamp,
     handed_over: AtomicU64,
 }
 
@@ -47,7 +51,7 @@ pub struct Spooled {
 impl Spool {
     /// Files in this directory, which is made when it's needed; or in pg_wal.
     pub fn new(configured: Option<PathBuf>) -> Spool {
-        Spool { configured, handed_over: AtomicU64::new(0) }
+        Spool { configured, began: Timestamp::now(), handed_over: AtomicU64::new(0) }
     }
 
     /// An empty file. `pgdata`: the data directory that is being restored, if it's the daemon's own.
@@ -76,6 +80,17 @@ impl Spool {
         Ok(Spooled { file: tempfile::tempfile_in(&directory).map_err(failed)?, pg_wal: None })
     }
 
+    /// How many bytes an unprivileged user can still write in the file system to which the files go; `None` if it
+    /// can't be told.
+    pub fn room(&self, pgdata: Option<&DataDirectory>) -> Option<u64> {
+        let place = match (&self.configured, pgdata) {
+            (Some(configured), _) => configured.clone(),
+            (None, Some(pgdata)) => pgdata.wal(),
+            (None, None) => std::env::temp_dir(),
+        };
+        rustix::fs::statvfs(&place).ok().map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
     /// Gives the file a name in pg_wal, for whoever sees that directory under this inode, and tells it. The file is
     /// PostgreSQL's from then on. `None` if it doesn't lie there; then it has to be copied.
     pub fn hand_over(&self, spooled: &Spooled, inode: u64) -> Option<String> {
@@ -83,7 +98,8 @@ impl Spool {
         if *ours != inode {
             return None;
         }
-        let name = format!("{HANDED_OVER}{}.{}", std::process::id(), self.handed_over.fetch_add(1, Relaxed));
+        // Never a name twice: a helper that has outlived its daemon would take another file for its own.
+        let name = format!("{HANDED_OVER}{}.{}", self.began.as_nanosecond(), self.handed_over.fetch_add(1, Relaxed));
         let path = pg_wal.join(&name);
         // The way that needs no privilege: open(2) under O_TMPFILE. Fails where the file never was nameless.
         let nameless = format!("/proc/self/fd/{}", spooled.file.as_raw_fd());
@@ -113,9 +129,4 @@ fn own_pg_wal(pgdata: &DataDirectory) -> Option<(PathBuf, u64)> {
     let path = pgdata.wal();
     let meta = fs::metadata(&path).ok()?;
     (meta.uid() == rustix::process::geteuid().as_raw()).then(|| (path, meta.ino()))
-}
-
-/// How many bytes an unprivileged user can still write in the file system of this directory.
-pub fn room(directory: &Path) -> Option<u64> {
-    rustix::fs::statvfs(directory).ok().map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
 mod ahead;
+mod always;
 mod archiving;
 mod backup;
 mod backup_outcomes;

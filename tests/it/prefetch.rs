@@ -57,11 +57,6 @@ fn fetched(proxy: &Wire, name: &str) -> usize {
     proxy.requests("GET", &format!("/{name}.zst")).len()
 }
 
-/// What the daemon has left in pg_wal.
-fn left(postgres: &Postgres) -> Vec<String> {
-    postgres.wal_files("pgsidecar")
-}
-
 /// A server with a table, and a copy of it from before 35 segments of WAL, which are in the archive alone. The copy has
 /// come to lie where the server was, and recovers to the end of the archive when it's started.
 fn to_recover(scratch: &Scratch, major: u32) -> (Postgres, Sidecar, Repository, Wire) {
@@ -119,8 +114,7 @@ fn a_recovery_gets_each_segment_handed_over_and_fetches_it_once(major: u32) {
     let segments = restored(&postgres);
     assert!(segments.len() >= 35, "{segments:?}");
     fetched_once(&proxy, &segments);
-    let beside: Vec<String> = left(&postgres).into_iter().filter(|name| !SENT_FILE.ends_with(name)).collect();
-    assert_eq!(beside, [""; 0], "{}", sidecar.log());
+    assert_eq!(postgres.wal_files("pgsidecar-spool"), [""; 0], "{}", sidecar.log());
 }
 
 #[test]
@@ -137,7 +131,6 @@ fn a_recovery_gets_each_segment_handed_over_and_fetches_it_once_pg17() {
 fn a_recovery_outlives_a_daemon_that_is_killed_in_the_middle_pg15() {
     let scratch = Scratch::new();
     let (mut postgres, mut sidecar, _repository, proxy) = to_recover(&scratch, 15);
-    // With segments that were fetched ahead, and one on its way.
     proxy.hold("GET", "000000000000001A.zst");
     postgres.spawn(&[]);
     proxy.wait_for_held();
@@ -151,7 +144,7 @@ fn a_recovery_outlives_a_daemon_that_is_killed_in_the_middle_pg15() {
     sidecar.start();
     postgres.wait_for_promotion();
     assert_eq!(postgres.sql("SELECT count(*) FROM t"), "35000");
-    assert_eq!(left(&postgres), [""; 0]);
+    assert_eq!(postgres.wal_files("pgsidecar"), [""; 0]);
 }
 
 #[test]
@@ -166,7 +159,7 @@ fn with_a_spool_elsewhere_files_are_sent_pg17() {
     postgres.wait_for_promotion();
     assert_eq!(postgres.sql("SELECT count(*) FROM t"), "35000");
     fetched_once(&proxy, &restored(&postgres));
-    assert_eq!((left(&postgres), fs::read_dir(&spool).unwrap().count()), (Vec::new(), 0));
+    assert_eq!((postgres.wal_files("pgsidecar"), fs::read_dir(&spool).unwrap().count()), (Vec::new(), 0));
     let inode = fs::metadata(postgres.data.join("pg_wal")).unwrap().ino();
     let answer = sidecar.ask("GET", &format!("/v1/wal/{}?directory={inode}", name(1, 5)));
     assert_eq!((answer.status, answer.body.len()), (200, MB as usize), "{}", answer.head);
@@ -280,7 +273,7 @@ fn all_who_ask_for_one_segment_at_a_time_get_the_whole_of_it_pg15() {
         proxy.wait_for_held();
         proxy.release();
     });
-    // One of them by hand-over: a file is given away once.
+    // A file is given away once.
     let inode = fs::metadata(postgres.data.join("pg_wal")).unwrap().ino();
     let answer = sidecar.ask("GET", &format!("/v1/wal/{}?directory={inode}", name(1, 0x10)));
     let file = answer.head.lines().find_map(|line| line.strip_prefix("pgsidecar-file: ")).unwrap();
@@ -336,14 +329,13 @@ fn pg_rewind_finds_in_the_archive_what_is_gone_from_pg_wal(major: u32) {
     let output = rewind.current_dir(scratch.path()).output().unwrap();
     assert!(output.status.success(), "{}\n{}", told(&output), sidecar.log());
     assert!(proxy.requests("GET", "/wal/00000001/").len() > 4, "it found its WAL elsewhere");
-    former.configure(&["archive_mode = off"]);
+    former.configure(&["archive_mode = off", &format!("primary_conninfo = '{source}'")]);
     fs::write(former.data.join("standby.signal"), "").unwrap();
-    former.configure(&[&format!("primary_conninfo = '{source}'")]);
     former.start(&[]);
     wait_until("it follows the promoted one", PATIENCE, || {
         former.try_sql("SELECT string_agg(n::text, ' ') FROM t").is_ok_and(|rows| rows == "2")
     });
-    assert_eq!(left(&former), [""; 0]);
+    assert_eq!(former.wal_files("pgsidecar"), [""; 0]);
 }
 
 #[test]

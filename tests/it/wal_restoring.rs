@@ -3,11 +3,13 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant},
 };
 
 use crate::support::{
-    Postgres, Proxy, Repository, Scratch, Sidecar, Way, archiving_with, beside, command, run, wait_until,
+    Postgres, Proxy, Repository, Scratch, Sidecar, Way, Wire, archiving_with, beside, command, give_to_servers, run,
+    wait_until,
 };
 
 const MB: u32 = 1 << 20;
@@ -253,4 +255,45 @@ fn a_standby_survives_an_outage_and_goes_on_afterwards_pg15() {
         server.try_sql("SELECT n FROM t").is_ok_and(|answer| answer == "42")
     });
     assert_eq!(server.sql("SELECT pg_is_in_recovery()"), "t", "{}", server.log());
+}
+
+/// A file system of its own; as root alone.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn at(path: PathBuf, options: &str) -> Mounted {
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", options, "none"]).arg(&path));
+        give_to_servers(&path);
+        Mounted(path)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        Command::new("umount").arg("-l").arg(&self.0).status().ok();
+    }
+}
+
+#[test]
+fn nothing_is_fetched_ahead_into_a_spool_without_room_root_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::s3();
+    let Repository::S3(server) = &repository else { panic!("it's on S3") };
+    let proxy = Wire::to(&server.address());
+    let spool = Mounted::at(scratch.dir("spool"), "size=3m");
+    let (postgres, mut sidecar) = beside(&scratch, 15, &["--wal-segsize=1"], &repository);
+    sidecar.through(&proxy);
+    sidecar.set("PGSIDECAR_SPOOL", spool.0.to_str().unwrap());
+    sidecar.start();
+    let names: Vec<String> = (0x10..0x16).map(|n| format!("0000000100000000000000{n:02X}")).collect();
+    for name in &names {
+        assert_eq!(sidecar.put(name, &postgres.segment(name, MB, 1)).status, 200);
+    }
+    for name in &names[..4] {
+        assert!(sidecar.get(name).body == postgres.segment(name, MB, 1));
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(proxy.requests("GET", &names[4]), [""; 0]);
+    assert!(sidecar.get(&names[4]).body == postgres.segment(&names[4], MB, 1));
+    drop(sidecar);
 }

@@ -3,8 +3,9 @@
 //! A segment that a standby has received only in part is full size too, and `archive_status` calls it done: its end is
 //! either zeros or what the file held before it was recycled. Each page tells its own address, which finds the second
 //! kind. Zeros are right only behind a switch record (`pg_switch_wal`, `archive_timeout`, shutdown), which finds the
-//! first. What is left, a page that was cut within itself, is found by following its records. A cut within a record on
-//! the last page isn't seen: a walsender sends whole records or whole pages.
+//! first. What is left, a page that was cut within itself, is found by following its records: each tells where the one
+//! before it begins, and those that end on the page have a checksum. A cut within a record that goes on in the next
+//! segment isn't seen: a walsender sends whole records or whole pages.
 //!
 //! Source: `CopyXLogRecordToWAL` in `xlog.c` (the rest of a segment after a switch is zeros, page headers too),
 //! `XLogWalRcvWrite` and `XLogWalRcvClose` in `walreceiver.c`, `XLogPageHeaderData` in `xlog_internal.h`, `XLogRecord`
@@ -18,6 +19,8 @@ const SHORT_HEADER: usize = 24;
 const CONTINUES: u16 = 0x0001;
 /// `SizeOfXLogRecord`, which is all of a switch record.
 const RECORD_HEADER: usize = 24;
+/// Where in its header a record's checksum lies: a CRC-32C of what follows the header, then of the header up to here.
+const CHECKSUM: usize = 20;
 /// `XLOG_SWITCH` of `RM_XLOG_ID`.
 const SWITCH: (u8, u8) = (0x40, 0);
 /// Everything in WAL is aligned to this.
@@ -45,6 +48,10 @@ pub struct PageScan {
     state: State,
     /// The last page that is WAL and, if it's here, the one before.
     last: Vec<u8>,
+    /// The last page on which a record begins, if one does in this segment.
+    begins: Option<Lsn>,
+    /// The same without the last page of all.
+    begins_before: Option<Lsn>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +83,8 @@ impl PageScan {
             next: header.page_address,
             state: State::Wal,
             last: Vec::new(),
+            begins: None,
+            begins_before: None,
         }
     }
 
@@ -89,6 +98,10 @@ impl PageScan {
             self.state = match self.state {
                 State::Wal if self.is_wal(page, address) => {
                     wal += page.len();
+                    self.begins_before = self.begins;
+                    if rest_of_record(page).is_none_or(|rest| header_length(page) + rest < page.len()) {
+                        self.begins = Some(address);
+                    }
                     State::Wal
                 }
                 State::Wal if page.iter().all(|&byte| byte == 0) => State::Zeros(address),
@@ -121,7 +134,7 @@ impl PageScan {
         }
         let last = Lsn::new(behind.bytes().saturating_sub(self.page_size as u64));
         let (before, page) = self.last.split_at(self.last.len().saturating_sub(self.page_size));
-        match (page_end(before, page, last), self.state) {
+        match (page_end(before, page, last, self.begins_before), self.state) {
             (PageEnd::Switch, _) | (PageEnd::Full, State::Wal) => Completeness::Complete,
             (PageEnd::Full, _) => Completeness::Incomplete { page: behind },
             (PageEnd::Open, _) => Completeness::Incomplete { page: last },
@@ -129,13 +142,24 @@ impl PageScan {
     }
 }
 
-/// Follows the records of a page. `before` is the page before it, or nothing.
-fn page_end(before: &[u8], page: &[u8], address: Lsn) -> PageEnd {
-    let flags = le::u16_at(page, 2).unwrap_or(0);
-    let mut at = if flags & LONG_HEADER == 0 { SHORT_HEADER } else { WalHeader::LEN };
+fn header_length(page: &[u8]) -> usize {
+    if le::u16_at(page, 2).unwrap_or(0) & LONG_HEADER == 0 { SHORT_HEADER } else { WalHeader::LEN }
+}
+
+/// How many bytes are left of the record that the page begins within, if it begins within one.
+fn rest_of_record(page: &[u8]) -> Option<usize> {
+    let continues = le::u16_at(page, 2)? & CONTINUES != 0;
+    continues.then(|| le::u32_at(page, 16).and_then(|rest| usize::try_from(rest).ok()).unwrap_or(page.len()))
+}
+
+/// Follows the records of a page. `before` is the page before it, or nothing; `begins` is the page on which the record
+/// begins that goes on on this one, if it's in the segment.
+fn page_end(before: &[u8], page: &[u8], address: Lsn, begins: Option<Lsn>) -> PageEnd {
+    let mut at = header_length(page);
     let mut ends_with_switch = false;
-    if flags & CONTINUES != 0 {
-        let rest = le::u32_at(page, 16).map_or(usize::MAX, |rest| usize::try_from(rest).unwrap_or(usize::MAX));
+    // Where the record before the next one begins: from here to there.
+    let mut previous = None;
+    if let Some(rest) = rest_of_record(page) {
         if rest > page.len().saturating_sub(at) {
             return PageEnd::Full;
         }
@@ -146,23 +170,30 @@ fn page_end(before: &[u8], page: &[u8], address: Lsn) -> PageEnd {
             ends_with_switch = is_switch(&[&before[before.len() - begun..], &page[at..at + rest]].concat());
         }
         at += rest.next_multiple_of(ALIGNMENT);
+        previous = begins.map(|begins| (begins.bytes(), begins.bytes() + page.len() as u64));
     }
-    let mut previous = None;
     // Records are aligned, so that a length is never cut by the end of the page.
     while let Some(length) = le::u32_at(page, at) {
         let length = usize::try_from(length).unwrap_or(usize::MAX);
         let follows = match (previous, le::u64_at(page, at + 8)) {
-            (Some(previous), Some(xl_prev)) => previous == xl_prev,
+            (Some((from, to)), Some(xl_prev)) => (from..to).contains(&xl_prev),
             _ => true,
         };
-        if length < RECORD_HEADER || !follows {
+        let intact = page.get(at..at.saturating_add(length)).is_none_or(has_right_checksum);
+        if length < RECORD_HEADER || !follows || !intact {
             return if length == 0 && ends_with_switch { PageEnd::Switch } else { PageEnd::Open };
         }
         ends_with_switch = page.get(at..at + RECORD_HEADER).is_some_and(is_switch);
-        previous = Some(address.bytes() + at as u64);
+        let begins = address.bytes() + at as u64;
+        previous = Some((begins, begins + 1));
         at = at.saturating_add(length.next_multiple_of(ALIGNMENT));
     }
     if ends_with_switch { PageEnd::Switch } else { PageEnd::Full }
+}
+
+fn has_right_checksum(record: &[u8]) -> bool {
+    let (Some(header), Some(content)) = (record.get(..CHECKSUM), record.get(RECORD_HEADER..)) else { return false };
+    le::u32_at(record, CHECKSUM) == Some(crc32c::crc32c_append(crc32c::crc32c(content), header))
 }
 
 fn is_switch(record: &[u8]) -> bool {
@@ -202,6 +233,8 @@ mod tests {
             content[..4].copy_from_slice(&u32::try_from(length).unwrap().to_le_bytes());
             content[8..16].copy_from_slice(&previous.to_le_bytes());
             (content[16], content[17]) = if record.is_none() { SWITCH } else { (0x10, 10) };
+            let checksum = crc32c::crc32c_append(crc32c::crc32c(&content[RECORD_HEADER..]), &content[..CHECKSUM]);
+            content[CHECKSUM..RECORD_HEADER].copy_from_slice(&checksum.to_le_bytes());
             content.resize(length.next_multiple_of(ALIGNMENT), 0);
             let mut written = 0;
             while written < content.len() {
@@ -291,6 +324,27 @@ mod tests {
             let bytes = segment([Some((1 << 20) - 127 * 24 - 40 - PAGE), Some(length)]);
             let last = Completeness::Incomplete { page: Lsn::new(START + (1 << 20) - PAGE as u64) };
             assert_eq!(scan(&bytes, 1 << 18), last, "{length}");
+        }
+    }
+
+    #[test]
+    fn an_end_on_the_last_page_is_seen_in_front_of_older_wal_too() {
+        // The last page of the segment that lay here before, which doesn't tell its address within the page.
+        let old = segment(lengths(8));
+        let last = Completeness::Incomplete { page: Lsn::new(START + (1 << 20) - PAGE as u64) };
+        let payload = (1 << 20) - 127 * 24 - 40 - PAGE;
+        for cut in (RECORD_HEADER..PAGE - 100).step_by(5 * ALIGNMENT) {
+            // The end of a record that began long before; and a record of the page itself.
+            for records in [vec![Some(payload + cut)], vec![Some(payload), Some(cut)]] {
+                let mut bytes = segment(records);
+                let end = (1 << 20) - PAGE + SHORT_HEADER + cut;
+                assert!(bytes[end..].iter().all(|&byte| byte == 0));
+                bytes[end..].copy_from_slice(&old[end..]);
+                assert_eq!(scan(&bytes, 1 << 18), last, "{cut}");
+                // As if it were a record that goes on in the next segment.
+                bytes[end..end + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+                assert_eq!(scan(&bytes, 1 << 18), last, "{cut}");
+            }
         }
     }
 
