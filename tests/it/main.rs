@@ -1,6 +1,7 @@
 //! pgsidecar as its users meet it: the real programs, a real PostgreSQL and a real S3 server.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
+mod archive_directory;
 mod archiving;
 mod backup;
 mod backup_outcomes;
