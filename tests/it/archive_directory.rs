@@ -112,6 +112,13 @@ fn is_empty(directory: &Path) -> bool {
     names(directory).is_empty()
 }
 
+/// What `pgsidecar check` says of the directory.
+fn checked(sidecar: &Sidecar) -> String {
+    let findings: Value = serde_json::from_slice(&sidecar.cli(&["check", "--json"]).stdout).unwrap();
+    let finding = findings.as_array().unwrap().iter().find(|finding| finding["check"] == "archive dir").unwrap();
+    finding["state"].as_str().unwrap().to_owned()
+}
+
 fn append(path: &Path, bytes: &[u8]) {
     OpenOptions::new().append(true).open(path).unwrap().write_all(bytes).unwrap();
 }
@@ -245,6 +252,8 @@ fn what_stays_incomplete_is_told_once_holds_up_nothing_and_is_taken_when_it_is_c
     copied.wait_until_shipped(2);
     let incomplete = |number: usize| (copied.names[number].clone(), "invalid_segment".to_owned());
     wait_until("both are told", PATIENCE, || copied.held() == [incomplete(0), incomplete(1)]);
+    let text = copied.sidecar.ok(&["status"]);
+    assert!(text.contains("2 in the archive directory, of which 2 stay there"), "{text}");
     assert_eq!(copied.sidecar.metric("pgsidecar_archive_directory_held_files"), "2");
     assert_eq!(copied.sidecar.metric("pgsidecar_archive_directory_files"), "2");
     assert_eq!(copied.sidecar.metric("pgsidecar_degraded"), "1");
@@ -379,7 +388,9 @@ fn what_can_not_be_removed_is_told_once_and_not_uploaded_again_pg15() {
     std::thread::sleep(A_WHILE);
     assert_eq!(copied.sidecar.metric("pgsidecar_archived_files_total"), "2");
     assert_eq!(copied.sidecar.log().matches("stays in the archive directory").count(), 1);
+    assert_eq!(checked(&copied.sidecar), "failed");
     fs::set_permissions(&copied.directory, Permissions::from_mode(0o755)).unwrap();
+    assert_eq!(checked(&copied.sidecar), "ok");
     copied.sidecar.stop();
     copied.sidecar.start();
     copied.wait_until_shipped(0);

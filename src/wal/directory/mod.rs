@@ -24,6 +24,7 @@ use std::{
 };
 
 use pgsidecar_core::ArchiveFileName;
+use rustix::fs::Access;
 use serde::Serialize;
 
 pub use self::known::{HeldFile, SETTLE};
@@ -221,6 +222,22 @@ impl ArchiveDirectory {
             },
             Err(error) => Err(self.unreadable(&error)),
         }
+    }
+
+    /// Tries whether files can be taken from it and removed.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self, pgdata: &DataDirectory) -> Result<(), Failure> {
+        self.check_no_pg_wal(pgdata)?;
+        drop(self.files().map_err(|error| self.unreadable(&error))?);
+        rustix::fs::access(&self.path, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
+            Failure::io(
+                format!("files can't be removed from the archive directory {}", self.path.display()),
+                &error.into(),
+            )
+            .hint("Let pgsidecar's user read, write and search it.")
+        })
     }
 
     /// How it stands, read anew.
