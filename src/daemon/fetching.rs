@@ -34,7 +34,7 @@ impl App {
             (Err(failure), None) => return Err(failure),
         };
         // Before the store is asked: what is removed from there has been stored by then.
-        let waits = work.waits_to_be_archived(name, pgdata.as_ref());
+        let waits = work.waits_to_be_archived(name, pgdata.as_ref()).await;
         // Where the whole segment will come, its beginning isn't handed out.
         let tail = tail && !matches!(waits, Some(Ok(true) | Err(_)));
         let request = FetchRequest { repository: work.repository(system), name, pgdata, tail };
@@ -49,14 +49,18 @@ impl App {
 
 impl Work {
     /// Whether the file lies in the archive directory. `None`: there is none, or it's another database's.
-    fn waits_to_be_archived(
+    async fn waits_to_be_archived(
         &self,
         name: ArchiveFileName,
         pgdata: Option<&DataDirectory>,
     ) -> Option<Result<bool, Failure>> {
-        let directory = self.archive_directory.as_ref()?;
+        let directory = self.archive_directory.clone()?;
         // Without a data directory it can't be told whose files those are.
-        (pgdata.is_some() || self.data_directory().is_err()).then(|| directory.has(name))
+        if pgdata.is_none() && self.data_directory().is_ok() {
+            return None;
+        }
+        let looked = tokio::task::spawn_blocking(move || directory.has(name)).await;
+        Some(looked.unwrap_or_else(|panic| Err(panic.into())))
     }
 }
 

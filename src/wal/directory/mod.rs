@@ -321,3 +321,28 @@ impl WalSource for ArchiveDirectory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_been_written_anew_is_not_removed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = ArchiveDirectory::new(scratch.path().to_owned());
+        let name: ArchiveFileName = "00000002.history".parse().unwrap();
+        let path = scratch.path().join(name.to_string());
+        let written = |text: &str| {
+            fs::write(&path, text).unwrap();
+            FileStamp::of(&fs::symlink_metadata(&path).unwrap())
+        };
+        let (stored, anew) = (written("stored"), written("and written anew"));
+        directory.remove(name, stored);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "and written anew");
+        directory.remove(name, anew);
+        assert_eq!(directory.has(name), Ok(false));
+        // Somebody was faster.
+        directory.remove(name, anew);
+        assert_eq!(directory.known().held(Instant::now()).0, 0);
+    }
+}
