@@ -126,9 +126,8 @@ impl ArchiveDirectory {
         .hint("Set PGSIDECAR_ARCHIVE_DIRECTORY to the directory that archive_command copies to. WAL in pg_wal is archived without it."))
     }
 
-    fn look_now(&self, pgdata: &DataDirectory, limit: usize) -> Result<Found, Failure> {
+    fn look_at(&self, now: Instant, pgdata: &DataDirectory, limit: usize) -> Result<Found, Failure> {
         self.check_no_pg_wal(pgdata)?;
-        let now = Instant::now();
         let mut first = BTreeSet::new();
         let mut known = self.known();
         known.begin_look();
@@ -269,7 +268,7 @@ impl WalSource for ArchiveDirectory {
     }
 
     fn look(&self, origin: &Origin, limit: usize) -> Result<Found, Failure> {
-        let looked = self.look_now(&origin.pgdata, limit);
+        let looked = self.look_at(Instant::now(), &origin.pgdata, limit);
         self.tell(&looked);
         looked
     }
@@ -325,6 +324,41 @@ impl WalSource for ArchiveDirectory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_come_in_postgresqls_order_and_those_that_stay_take_nobodys_place() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (data, archive) = (scratch.path().join("data"), scratch.path().join("archive"));
+        for path in [data.join("global"), data.join("pg_wal"), archive.join("00000001000000000000000F")] {
+            fs::create_dir_all(path).unwrap();
+        }
+        fs::write(data.join("PG_VERSION"), "15\n").unwrap();
+        fs::write(data.join("global/pg_control"), "").unwrap();
+        let pgdata = DataDirectory::open(&data).unwrap();
+        let names =
+            ["00000003.history", "000000010000000000000001", "000000010000000000000002", "000000020000000000000002"];
+        for name in names.iter().chain(&["00000001000000000000000A.tmp", "backup_label"]) {
+            fs::write(archive.join(name), "x").unwrap();
+        }
+        let directory = ArchiveDirectory::new(archive.clone());
+        let start = Instant::now();
+        let look = |at, limit| {
+            let found = directory.look_at(at, &pgdata, limit).unwrap();
+            (found.ready.iter().map(ToString::to_string).collect::<Vec<_>>(), found.more_to_come)
+        };
+        assert_eq!(look(start, 10), (vec![], true));
+        assert_eq!(look(start + SETTLE, 10), (names.map(str::to_owned).to_vec(), false));
+        assert_eq!(look(start + SETTLE, 2).0, names[..2]);
+        for name in &names[..2] {
+            let (name, stamp) = (name.parse().unwrap(), FileStamp::of(&fs::metadata(archive.join(name)).unwrap()));
+            let failure = Failure::new(Code::Conflict, "other content");
+            directory.known().hold(name, stamp, Why::Refused, failure, start + SETTLE);
+        }
+        assert_eq!(look(start + SETTLE, 2).0, names[2..]);
+        // One that has become a server's pg_wal is left alone.
+        fs::create_dir(archive.join("archive_status")).unwrap();
+        assert_eq!(directory.look_at(start + SETTLE, &pgdata, 2).unwrap_err().code, Code::Misconfigured);
+    }
 
     #[test]
     fn what_has_been_written_anew_is_not_removed() {
