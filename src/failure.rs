@@ -22,6 +22,8 @@ pub enum Code {
     NotFound,
     /// The store says that this WAL file isn't there. PostgreSQL may take it as the end of the archive.
     NotInArchive,
+    /// The file isn't in the repository, but on its way there: can't tell.
+    NotYetArchived,
     /// Other content is already there under that name.
     Conflict,
     /// Another workload archives this timeline.
@@ -78,6 +80,7 @@ impl Code {
             | Code::DataDirectory
             | Code::StoreUnavailable
             | Code::StoreDenied
+            | Code::NotYetArchived
             | Code::PostgresUnavailable
             | Code::Stopping
             | Code::DaemonUnavailable => StatusCode::SERVICE_UNAVAILABLE,
@@ -97,7 +100,7 @@ impl Code {
             Code::Internal => 70,
             Code::TargetDirectory => 73,
             Code::Io => 74,
-            Code::Busy | Code::Stopping | Code::Timeout => 75,
+            Code::Busy | Code::Stopping | Code::Timeout | Code::NotYetArchived => 75,
             Code::StoreDenied => 77,
             Code::Misconfigured | Code::DataDirectory => 78,
         }

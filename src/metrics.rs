@@ -62,6 +62,27 @@ pub fn render(status: &Status) -> Result<String, Failure> {
             ConstGauge::new(i64::try_from(seconds).unwrap_or(i64::MAX)),
         );
     }
+    if let Some(directory) = &archive.directory {
+        if let Some(files) = directory.files {
+            registry.register(
+                "archive_directory_files",
+                "WAL files in the archive directory",
+                ConstGauge::new(i64::try_from(files).unwrap_or(i64::MAX)),
+            );
+        }
+        if let Some(seconds) = directory.oldest_seconds {
+            registry.register(
+                "archive_directory_oldest_seconds",
+                "How long ago the oldest of them was written",
+                ConstGauge::new(i64::try_from(seconds).unwrap_or(i64::MAX)),
+            );
+        }
+        registry.register(
+            "archive_directory_held_files",
+            "How many of them stay because they can't be taken or removed",
+            ConstGauge::new(i64::try_from(directory.held_files).unwrap_or(i64::MAX)),
+        );
+    }
     if let Some(at) = status.last_backup.as_ref().map(|backup| backup.stopped_at) {
         registry.register(
             "last_backup_timestamp_seconds",

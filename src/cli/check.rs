@@ -23,6 +23,7 @@ use crate::{
     repository::Repository,
     settings::{Settings, WorkSettings},
     store::{ByteRange, ConditionalCreation, ListRequest, Store},
+    wal::directory::ArchiveDirectory,
 };
 
 /// How long a switched segment may take to arrive.
@@ -117,6 +118,10 @@ pub async fn run(settings: &Settings, args: &CheckArgs) -> Result<ExitCode, Fail
     let store = open_store(work).await;
     let store_works = check_store(&mut report, &store, work).await;
     let data = check_data_directory(&mut report, work);
+    if let (Some(path), Some((pgdata, _))) = (&work.archive_directory, &data) {
+        let usable = ArchiveDirectory::new(path.clone()).check(pgdata);
+        report.step("archive dir", usable, |()| format!("files can be taken from {} and removed", path.display()));
+    }
     let session = check_postgres(&mut report, work, data.as_ref()).await;
     let daemon = check_daemon(&mut report, settings).await;
     match (session, data, store_works && daemon) {

@@ -31,7 +31,18 @@ pub async fn run(settings: &Settings, args: OutputArgs) -> Result<(), Failure> {
                 _ => "none since the daemon's start".to_owned(),
             },
         ),
-        ("Backlog", format!("{} files", text("/archive/backlog_files"))),
+        (
+            "Backlog",
+            match status.pointer("/archive/directory/files") {
+                None => format!("{} files", text("/archive/backlog_files")),
+                Some(_) => format!(
+                    "{} files, and {} in the archive directory, of which {} stay there",
+                    text("/archive/backlog_files"),
+                    text("/archive/directory/files"),
+                    text("/archive/directory/held_files")
+                ),
+            },
+        ),
         (
             "Last backup",
             match status.pointer("/last_backup/id") {

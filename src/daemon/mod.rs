@@ -10,6 +10,7 @@
 //! connections are accepted no more, and the requests under way end. All of it takes at most the drain timeout. A second
 //! signal exits at once.
 
+mod fetching;
 mod status;
 
 use std::{
@@ -45,10 +46,11 @@ use crate::{
     wal::{
         Origin, Origins,
         archive::Archiver,
-        fetch::{FetchRequest, Fetcher},
+        directory::ArchiveDirectory,
+        fetch::Fetcher,
         lookahead, shutdown,
-        spool::{self, Spool, Spooled},
-        standby,
+        source::{ArchiveStatus as ReadyMarks, WalSource},
+        spool, standby,
     },
 };
 
@@ -89,6 +91,7 @@ struct Work {
     settings: WorkSettings,
     store: Arc<dyn Store>,
     fetcher: Fetcher,
+    archive_directory: Option<Arc<ArchiveDirectory>>,
     /// The systems whose `cluster.json` is known to be there.
     noted: Mutex<Option<SystemIdentifier>>,
     conditional: Mutex<Option<ConditionalCreation>>,
@@ -108,6 +111,7 @@ impl App {
                     settings: work.clone(),
                     store: open_store(work).await,
                     fetcher: Fetcher::new(work.spool.clone()),
+                    archive_directory: work.archive_directory.clone().map(|path| Arc::new(ArchiveDirectory::new(path))),
                     noted: Mutex::default(),
                     conditional: Mutex::default(),
                     recoverable: tokio::sync::Mutex::default(),
@@ -171,28 +175,13 @@ impl App {
         self.archiver.archive_body(&origin, name, body, length).await
     }
 
-    /// Fetches a file from the archive, of this database system or of the one that is named.
-    ///
-    /// # Errors
-    /// [`Code::NotInArchive`] if the store says so; anything else means 'can't tell'.
-    pub async fn fetch(
-        &self,
-        name: ArchiveFileName,
-        system: Option<SystemIdentifier>,
-        tail: bool,
-    ) -> Result<(Spooled, &Spool), Failure> {
-        let work = self.work()?;
-        // A directory of another system than the daemon's own is restored elsewhere.
-        let (pgdata, system) = match (work.data_directory(), system) {
-            (Ok((pgdata, control)), None) => (Some(pgdata), control.system_identifier),
-            (Ok((pgdata, control)), Some(system)) => {
-                (Some(pgdata).filter(|_| control.system_identifier == system), system)
-            }
-            (Err(_), Some(system)) => (None, system),
-            (Err(failure), None) => return Err(failure),
-        };
-        let request = FetchRequest { repository: work.repository(system), name, pgdata, tail };
-        Ok((work.fetcher.fetch(&request).await?, work.fetcher.spool()))
+    /// What is archived without being asked for.
+    fn sources(&self) -> Vec<Arc<dyn WalSource>> {
+        let mut sources: Vec<Arc<dyn WalSource>> = vec![Arc::new(ReadyMarks)];
+        if let Some(directory) = self.work.as_ref().ok().and_then(|work| work.archive_directory.clone()) {
+            sources.push(directory);
+        }
+        sources
     }
 
     /// Starts a base backup.
@@ -342,9 +331,10 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
     let _ = stopping.wait_for(|stop| *stop).await;
     app.stopping.store(true, Relaxed);
     tracing::info!(drain_timeout = ?drain_timeout, "stopping: finishing what is under way; a second signal ends it at once");
+    let sources = app.sources();
     let drained = tokio::time::timeout(*drain_timeout, async {
         // PostgreSQL asks on while it stops: the listeners and the look-ahead stay until it has.
-        tokio::join!(app.jobs.cancel(), shutdown::finish(&app.archiver, &*app, *server_stop_wait));
+        tokio::join!(app.jobs.cancel(), shutdown::finish(&app.archiver, &*app, &sources, *server_stop_wait));
         stop_sender.send_replace(true);
         while servers.join_next().await.is_some() {}
     });
@@ -391,7 +381,9 @@ async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
     }
     let Ok(work) = app.work() else { return };
     let received = standby::run(app.archiver.clone(), &*app, &work.settings.connection, stop.clone());
-    tokio::join!(lookahead::run(app.archiver.clone(), &*app, stop), received);
+    let ahead =
+        app.sources().into_iter().map(|source| lookahead::run(app.archiver.clone(), &*app, source, stop.clone()));
+    tokio::join!(futures_util::future::join_all(ahead), received);
 }
 
 /// The first signal stops in order, the second at once.

@@ -12,7 +12,7 @@ use crate::{
     jobs::Snapshot,
     repository::Repository,
     store::ConditionalCreation,
-    wal::statistics::ArchiveStatistics,
+    wal::{directory::DirectoryStatus, statistics::ArchiveStatistics},
 };
 
 /// How old the list of backups may be that the status tells.
@@ -61,6 +61,8 @@ pub struct ArchiveStatus {
     pub backlog_files: Option<u64>,
     /// Age of the oldest.
     pub oldest_ready_seconds: Option<u64>,
+    /// The archive directory, if there is one and the data directory can be read. Its files are counted here alone.
+    pub directory: Option<DirectoryStatus>,
     /// Since the daemon's start.
     #[serde(flatten)]
     pub statistics: ArchiveStatistics,
@@ -80,6 +82,7 @@ impl App {
             archive: ArchiveStatus {
                 backlog_files: None,
                 oldest_ready_seconds: None,
+                directory: None,
                 statistics: self.archiver.statistics(),
             },
             last_backup: None,
@@ -114,6 +117,18 @@ impl Work {
         if let Ok(backlog) = pgdata.backlog() {
             status.archive.backlog_files = Some(backlog.files);
             status.archive.oldest_ready_seconds = backlog.oldest.map(|age| age.as_secs());
+        }
+        if let Some(directory) = self.archive_directory.clone() {
+            // It can be on a file system that doesn't answer.
+            let looked = tokio::task::spawn_blocking(move || directory.status(&pgdata));
+            match tokio::time::timeout(STATUS_PATIENCE, looked).await {
+                Ok(Ok(found)) => {
+                    status.problems.extend(found.problems());
+                    status.archive.directory = Some(found);
+                }
+                Ok(Err(panic)) => status.problems.push(panic.into()),
+                Err(_) => status.problems.push(Failure::new(Code::Io, "the archive directory does not answer in time")),
+            }
         }
         if let Some(last) = &status.archive.statistics.last.last_failure {
             status

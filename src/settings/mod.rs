@@ -68,6 +68,8 @@ pub struct WorkSettings {
     pub workload: Option<String>,
     /// PostgreSQL's data directory, where one was named.
     pub pgdata: Option<PathBuf>,
+    /// Where another `archive_command` copies WAL to, if one does.
+    pub archive_directory: Option<PathBuf>,
     /// How PostgreSQL is reached.
     pub connection: ConnectionSettings,
     /// zstd's level.
@@ -337,6 +339,12 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             },
         ),
         pgdata,
+        archive_directory: resolver.value(
+            "PGSIDECAR_ARCHIVE_DIRECTORY",
+            raw.archive_directory.as_ref(),
+            None,
+            |text| absolute(text).map(Some),
+        ),
         connection: ConnectionSettings {
             host: text(&raw.pghost, "127.0.0.1"),
             port: resolver.value("PGPORT", raw.pgport.as_ref(), 5432, number_between(1, u16::MAX)),

@@ -26,6 +26,16 @@ pub struct RawSettings {
     /// PostgreSQL's data directory, on the volume shared with it
     #[arg(long, global = true, env = "PGDATA", value_name = "DIR", hide_env_values = true)]
     pub pgdata: Option<String>,
+    /// Directory that another archive_command, such as cp, copies WAL to: its files are shipped, and removed once durable
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_ARCHIVE_DIRECTORY",
+        value_name = "DIR",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub archive_directory: Option<String>,
     /// PostgreSQL's host, or the directory of its socket [default: 127.0.0.1]
     #[arg(long, global = true, env = "PGHOST", value_name = "HOST", hide_env_values = true, hide_short_help = true)]
     pub pghost: Option<String>,

@@ -9,6 +9,10 @@
 //! standby received in part is kept as `.partial` is, under a key with its hash, and acknowledged. Refusing it would
 //! hold up everything behind it, and under its own name it would stand in the way of the complete segment.
 //!
+//! A file can also be a copy in another directory (`directory`). What is stored of it is what it was when it was found
+//! complete: if it's written to while it's read, nothing becomes visible. Files of one name are archived one after the
+//! other, wherever they lie.
+//!
 //! `archive_status` is never touched: PostgreSQL asks again for what it hasn't marked, and that costs little.
 
 use std::{
@@ -52,7 +56,7 @@ pub type Outcome = Result<Stored, Failure>;
 
 /// Ships WAL files, each once at a time.
 pub struct Archiver {
-    under_way: Mutex<HashMap<ArchiveFileName, watch::Receiver<Option<Outcome>>>>,
+    under_way: Mutex<HashMap<ArchiveFileName, UnderWay>>,
     archived: Mutex<BTreeMap<ArchiveFileName, (PathBuf, FileStamp)>>,
     compressors: Semaphore,
     bodies: Semaphore,
@@ -73,6 +77,20 @@ impl Default for Archiver {
             counters: Counters::default(),
         }
     }
+}
+
+/// Which file of a name it is.
+#[derive(Clone, PartialEq, Eq)]
+enum Place {
+    PgWal,
+    /// A copy that was complete when it had this stamp.
+    Copy(PathBuf, FileStamp),
+}
+
+#[derive(Clone)]
+struct UnderWay {
+    place: Place,
+    outcome: watch::Receiver<Option<Outcome>>,
 }
 
 /// Where a file's content comes from.
@@ -110,11 +128,34 @@ impl Archiver {
         if self.is_archived(origin, name) {
             return Ok(Stored::Already);
         }
-        let mut outcome = self.start_or_join(origin, name)?;
-        let done = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
-        match done {
-            Ok(Some(outcome)) => outcome,
-            _ => Err(Failure::internal(format!("archiving {name} ended without a result"))),
+        self.archive_at(origin, name, Place::PgWal).await
+    }
+
+    /// Archives a copy that was found complete when it had this stamp. Goes on when the caller goes away.
+    ///
+    /// # Errors
+    /// [`Code::Busy`] if it's another by now; else why it isn't in the repository.
+    pub async fn archive_copy(
+        self: &Arc<Self>,
+        origin: &Origin,
+        name: ArchiveFileName,
+        path: PathBuf,
+        stamp: FileStamp,
+    ) -> Outcome {
+        self.archive_at(origin, name, Place::Copy(path, stamp)).await
+    }
+
+    async fn archive_at(self: &Arc<Self>, origin: &Origin, name: ArchiveFileName, place: Place) -> Outcome {
+        loop {
+            let mut joined = self.start_or_join(origin, name, &place)?;
+            let done = joined.outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
+            match done {
+                // Another file of that name, which says nothing about this one. Both at once could pass each other
+                // where the store doesn't refuse to overwrite.
+                _ if joined.place != place => {}
+                Ok(Some(outcome)) => return outcome,
+                _ => return Err(Failure::internal(format!("archiving {name} ended without a result"))),
+            }
         }
     }
 
@@ -122,21 +163,32 @@ impl Archiver {
         self: &Arc<Self>,
         origin: &Origin,
         name: ArchiveFileName,
-    ) -> Result<watch::Receiver<Option<Outcome>>, Failure> {
+        place: &Place,
+    ) -> Result<UnderWay, Failure> {
         let poisoned = |_| Failure::internal("the list of uploads is unusable");
         let mut under_way = self.under_way.lock().map_err(poisoned)?;
-        if let Some(outcome) = under_way.get(&name) {
-            return Ok(outcome.clone());
+        if let Some(joined) = under_way.get(&name) {
+            return Ok(joined.clone());
         }
-        let (sender, receiver) = watch::channel(None);
-        under_way.insert(name, receiver.clone());
+        let (sender, outcome) = watch::channel(None);
+        let started = UnderWay { place: place.clone(), outcome };
+        under_way.insert(name, started.clone());
         drop(under_way);
-        let (archiver, origin) = (self.clone(), origin.clone());
+        let (archiver, origin, place) = (self.clone(), origin.clone(), place.clone());
         tokio::spawn(async move {
             // A panic must not leave the name in the list for ever: every later request would wait for nothing.
             let work = tokio::spawn({
                 let archiver = archiver.clone();
-                async move { archiver.archive_from_pg_wal(&origin, name).await }
+                async move {
+                    match place {
+                        Place::PgWal => archiver.archive_from_pg_wal(&origin, name).await,
+                        Place::Copy(path, stamp) => {
+                            let check = Check { name, control: origin.control, stamp: Some(stamp) };
+                            let file = check::open_copy(&path, stamp)?;
+                            archiver.archive(&origin, check, Source::File(file, stamp.size)).await
+                        }
+                    }
+                }
             });
             let outcome = work.await.unwrap_or_else(|panic| Err(panic.into()));
             archiver.note(name, &outcome);
@@ -145,7 +197,7 @@ impl Archiver {
             }
             let _ = sender.send(Some(outcome));
         });
-        Ok(receiver)
+        Ok(started)
     }
 
     async fn archive_from_pg_wal(&self, origin: &Origin, name: ArchiveFileName) -> Outcome {
@@ -157,7 +209,8 @@ impl Archiver {
             Err(failure) => return Err(failure),
         };
         check_marked(origin, name)?;
-        let stored = self.archive(origin, name, Source::File(file, stamp.size)).await?;
+        let check = Check { name, control: origin.control, stamp: None };
+        let stored = self.archive(origin, check, Source::File(file, stamp.size)).await?;
         // What was written to meanwhile is stored as it was; only its identity isn't known any more.
         let unchanged = fs::symlink_metadata(&path).is_ok_and(|meta| FileStamp::of(&meta) == stamp);
         if unchanged && let Ok(mut archived) = self.archived.lock() {
@@ -192,7 +245,8 @@ impl Archiver {
     ) -> Outcome {
         let archived = async {
             check_marked(origin, name)?;
-            self.archive(origin, name, Source::Body(body, length)).await
+            let check = Check { name, control: origin.control, stamp: None };
+            self.archive(origin, check, Source::Body(body, length)).await
         };
         let outcome = archived.await;
         self.note(name, &outcome);
@@ -206,8 +260,8 @@ impl Archiver {
         }
     }
 
-    async fn archive(&self, origin: &Origin, name: ArchiveFileName, source: Source) -> Outcome {
-        let check = Check { name, control: origin.control };
+    async fn archive(&self, origin: &Origin, check: Check, source: Source) -> Outcome {
+        let name = check.name;
         let announced = match &source {
             Source::File(_, size) => Some(*size),
             Source::Body(_, length) => *length,
@@ -295,21 +349,22 @@ fn mebibytes(bytes: u64) -> u32 {
 
 /// What is read, with the reason if it can't be.
 fn content(check: Check, source: Source) -> impl FnOnce(&mut dyn Write) -> Result<(), Failure> + Send + 'static {
-    move |out| {
-        let (mut reader, why): (Box<dyn Read>, _) = match source {
-            Source::File(file, size) => (Box::new(file.take(size)), None),
-            Source::Body(body, _) => {
-                let why = body.failure();
-                (Box::new(body), Some(why))
-            }
-        };
-        check.copy(&mut reader, out).map_err(|trouble| match trouble {
-            Trouble::Refused(failure) => failure,
-            Trouble::Read(error) => match &why {
-                Some(why) => why.or_io("reading the request's body", &error),
-                None => Failure::io(format!("reading {}", check.name), &error),
-            },
-        })
+    move |out| match source {
+        Source::File(file, size) => {
+            check.copy(&mut (&file).take(size), out).map_err(|trouble| match trouble {
+                Trouble::Refused(failure) => failure,
+                Trouble::Read(error) => Failure::io(format!("reading {}", check.name), &error),
+            })?;
+            // Before anything of it becomes visible: that waits for this function's success.
+            check.unchanged(&file)
+        }
+        Source::Body(mut body, _) => {
+            let why = body.failure();
+            check.copy(&mut body, out).map_err(|trouble| match trouble {
+                Trouble::Refused(failure) => failure,
+                Trouble::Read(error) => why.or_io("reading the request's body", &error),
+            })
+        }
     }
 }
 
@@ -373,4 +428,41 @@ async fn store_partial(repository: &Repository, check: &Check, segment: SegmentN
     let key = repository.layout().partial(segment, &plain.sha256);
     let stream = codec::compress(repository.level(), content(check, Source::File(file, size)));
     repository.store_stream(&key, &check.name.to_string(), stream).await.map(|(stored, _)| stored)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pgsidecar_core::ControlFile;
+
+    /// Writes to the file while it's being read.
+    struct Meddler(File);
+
+    impl Write for Meddler {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.write_all(b"2\t0/2000000\tmore\n")?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_copy_that_is_written_to_while_it_is_read_is_not_stored() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("00000003.history");
+        fs::write(&path, "1\t0/1000000\tno recovery target specified\n").unwrap();
+        let (file, stamp) = check::open(&path, &"00000003.history".parse().unwrap()).unwrap();
+        let control = include_bytes!("../../crates/core/tests/fixtures/pg_control-15");
+        let control = ControlFile::parse(control).unwrap();
+        let check = Check { name: "00000003.history".parse().unwrap(), control, stamp: Some(stamp) };
+        let again = check::open_copy(&path, stamp).unwrap();
+        content(check, Source::File(again, stamp.size))(&mut io::sink()).unwrap();
+        let writer = File::options().append(true).open(&path).unwrap();
+        let failure = content(check, Source::File(file, stamp.size))(&mut Meddler(writer)).unwrap_err();
+        assert_eq!(failure.code, Code::Busy);
+        assert_eq!(check::open_copy(&path, stamp).unwrap_err().code, Code::Busy);
+    }
 }

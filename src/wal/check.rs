@@ -9,7 +9,7 @@ use std::{
 
 use pgsidecar_core::{
     ArchiveFileName, ClusterState, Completeness, ControlFile, Lsn, PageScan, TimelineHistory, TimelineId, WalHeader,
-    check_segment,
+    backup_label::is_whole_backup_history, check_segment,
 };
 
 use crate::{
@@ -24,13 +24,7 @@ use crate::{
 /// # Errors
 /// [`Code::NotFound`] if it isn't there; [`Code::Io`] for every other reason.
 pub fn open(path: &Path, name: &ArchiveFileName) -> Result<(File, FileStamp), Failure> {
-    // A name that has been parsed can't leave the directory; a link in it could.
-    let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
-    let opened = File::options().read(true).custom_flags(no_follow).open(path).and_then(|file| {
-        let meta = file.metadata()?;
-        if meta.is_file() { Ok((file, FileStamp::of(&meta))) } else { Err(io::Error::other("not a regular file")) }
-    });
-    opened.map_err(|error| match error.kind() {
+    open_regular(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => {
             Failure::new(Code::NotFound, format!("{name} is not in pg_wal ({})", path.display()))
                 .hint("PGDATA of the sidecar must be the data directory of the server that asks.")
@@ -38,6 +32,35 @@ pub fn open(path: &Path, name: &ArchiveFileName) -> Result<(File, FileStamp), Fa
         _ => Failure::io(format!("opening {}", path.display()), &error),
     })
 }
+
+/// Opens a copy of a file, which must still be the one that has this stamp.
+///
+/// # Errors
+/// [`Code::Busy`] if it's another by now, or none; [`Code::Io`] if it can't be read.
+pub fn open_copy(path: &Path, stamp: FileStamp) -> Result<File, Failure> {
+    match open_regular(path) {
+        Ok((file, found)) if found == stamp => Ok(file),
+        Ok(_) => Err(written_to(path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(written_to(path)),
+        Err(error) => Err(Failure::io(format!("opening {}", path.display()), &error)),
+    }
+}
+
+fn written_to(what: impl AsRef<Path>) -> Failure {
+    let what = what.as_ref().display();
+    Failure::new(Code::Busy, format!("{what} was written to while it was read")).hint("Nothing was stored of it.")
+}
+
+fn open_regular(path: &Path) -> io::Result<(File, FileStamp)> {
+    // A name that has been parsed can't leave the directory; a link in it could.
+    let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
+    let file = File::options().read(true).custom_flags(no_follow).open(path)?;
+    let meta = file.metadata()?;
+    if meta.is_file() { Ok((file, FileStamp::of(&meta))) } else { Err(io::Error::other("not a regular file")) }
+}
+
+const INCOMPLETE_HINT: &str =
+    "It is taken as soon as it is complete. If nothing writes to it any more, its copy was broken off: copy it again.";
 
 /// Why a file's content could not be taken.
 #[derive(Debug)]
@@ -55,6 +78,8 @@ pub struct Check {
     pub name: ArchiveFileName,
     /// Of the server.
     pub control: ControlFile,
+    /// What the file is if it's a copy, which can be written to while it's read. `None`: who wrote it has finished.
+    pub stamp: Option<FileStamp>,
 }
 
 impl Check {
@@ -131,6 +156,56 @@ impl Check {
             })?;
         }
         Ok(())
+    }
+
+    /// Checks that a copy is still what it was when it was looked at. If it is once all of it has been read, what was
+    /// read is what was looked at.
+    ///
+    /// # Errors
+    /// [`Code::Busy`] if it isn't.
+    pub fn unchanged(&self, file: &File) -> Result<(), Failure> {
+        let Some(stamp) = self.stamp else { return Ok(()) };
+        let meta = file.metadata().map_err(|error| Failure::io(format!("reading {}", self.name), &error))?;
+        if FileStamp::of(&meta) == stamp { Ok(()) } else { Err(written_to(self.name.to_string())) }
+    }
+
+    /// Checks that all of a copy is there, as far as its content tells: nobody vouches for it.
+    ///
+    /// # Errors
+    /// [`Code::InvalidSegment`] if it isn't; why it isn't this file at all; [`Code::Io`] if it can't be read.
+    pub fn whole(&self, file: &mut File, size: u64) -> Result<(), Failure> {
+        self.size(size)?;
+        let unreadable = |error: io::Error| Failure::io(format!("reading {}", self.name), &error);
+        let incomplete = |what: String| Err(Failure::new(Code::InvalidSegment, what).hint(INCOMPLETE_HINT));
+        match self.name {
+            ArchiveFileName::Segment(_) => match self.completeness(file)? {
+                Completeness::Complete => Ok(()),
+                Completeness::Incomplete { page } => {
+                    incomplete(format!("{} is not complete: its WAL ends at {page}", self.name))
+                }
+            },
+            ArchiveFileName::Partial(_) => {
+                let mut head = [0; WalHeader::LEN];
+                file.read_exact(&mut head).map_err(unreadable)?;
+                self.beginning(&head)
+            }
+            ArchiveFileName::History(_) | ArchiveFileName::BackupHistory { .. } => {
+                let mut text = Vec::new();
+                file.take(MAX_HISTORY_BYTES).read_to_end(&mut text).map_err(unreadable)?;
+                let whole = match self.name {
+                    // Each line ends with a line break.
+                    ArchiveFileName::History(timeline) => {
+                        TimelineHistory::parse(timeline, &text).is_ok() && text.ends_with(b"\n")
+                    }
+                    _ => is_whole_backup_history(&text),
+                };
+                if whole {
+                    Ok(())
+                } else {
+                    incomplete(format!("{} is not complete: its last line isn't there", self.name))
+                }
+            }
+        }
     }
 
     /// Whether all of a segment's WAL is in this file, which is left at its beginning.

@@ -1,4 +1,5 @@
-//! Archiving ahead: what PostgreSQL has marked `.ready` is uploaded, several files at a time, before it asks.
+//! Archiving ahead: what PostgreSQL has marked `.ready` is uploaded, several files at a time, before it asks. And what lies
+//! in an archive directory, for which nobody ever asks: both are a [`WalSource`], and this runs once for each.
 //!
 //! PostgreSQL asks for one file at a time and waits for the answer. With look-ahead the answer to nearly every question
 //! is there already. It's only about time: what is archived, under which conditions and what a success means is the
@@ -25,12 +26,13 @@ use tokio::{
 use super::{
     Origin, Origins,
     archive::{Archiver, Outcome},
+    source::WalSource,
 };
 use crate::failure::Code;
 
 /// Files that are under way at a time. The archiver's own limits on memory and threads come on top.
 const AHEAD: usize = 8;
-/// Names that are taken from `archive_status` at a time. A backlog can be of any length.
+/// Names that are taken from a source at a time. A backlog can be of any length.
 const BATCH: usize = 1_000;
 /// How long the directory isn't looked at without a hint.
 const RESCAN: Duration = Duration::from_secs(2);
@@ -72,7 +74,12 @@ impl Postponed {
 /// Archives ahead until it's told to stop; what is under way then goes on by itself.
 ///
 /// `origins` is asked before each look.
-pub async fn run(archiver: Arc<Archiver>, origins: &dyn Origins, mut stop: watch::Receiver<bool>) {
+pub async fn run(
+    archiver: Arc<Archiver>,
+    origins: &dyn Origins,
+    source: Arc<dyn WalSource>,
+    mut stop: watch::Receiver<bool>,
+) {
     let hint = Arc::new(Notify::new());
     let mut watched = Watched::default();
     let mut progress = Progress::default();
@@ -80,11 +87,11 @@ pub async fn run(archiver: Arc<Archiver>, origins: &dyn Origins, mut stop: watch
     while !*stop.borrow() {
         if let Ok(origin) = origins.origin().await {
             if rescan <= Instant::now() || progress.queue.is_empty() {
-                watched.watch(&origin.pgdata.wal().join("archive_status"), &hint);
-                progress.look(&archiver, &origin).await;
+                watched.watch(&source.watched(&origin), &hint);
+                progress.look(&source, &archiver, &origin).await;
                 rescan = Instant::now() + RESCAN;
             }
-            progress.begin(&archiver, &origin);
+            progress.begin(&source, &archiver, &origin);
         }
         tokio::select! {
             () = hint.notified() => {
@@ -105,22 +112,21 @@ pub async fn run(archiver: Arc<Archiver>, origins: &dyn Origins, mut stop: watch
 impl Progress {
     /// Reads anew what is ready. What is archived stays so until PostgreSQL asks, and what was postponed may stay so
     /// for ever: neither may take the place of what is behind it.
-    async fn look(&mut self, archiver: &Arc<Archiver>, origin: &Origin) {
-        let (archiver, origin) = (archiver.clone(), origin.clone());
+    async fn look(&mut self, source: &Arc<dyn WalSource>, archiver: &Arc<Archiver>, origin: &Origin) {
+        let (source, archiver, origin) = (source.clone(), archiver.clone(), origin.clone());
         let waiting: HashSet<_> =
             self.postponed.iter().filter(|(_, postponed)| !postponed.is_over()).map(|(name, _)| *name).collect();
-        let listed = tokio::task::spawn_blocking(move || {
-            let wanted = |name: &ArchiveFileName| !waiting.contains(name) && !archiver.is_archived(&origin, *name);
-            origin.pgdata.ready_files(BATCH, wanted)
+        let looked = tokio::task::spawn_blocking(move || {
+            source.look(&archiver, &origin, BATCH, &|name: &ArchiveFileName| !waiting.contains(name))
         });
-        // That it can't be read is told by the backlog in the status.
-        let Ok(Ok(ready)) = listed.await else { return };
-        self.postponed.retain(|name, postponed| !postponed.is_over() || ready.contains(name));
-        self.queue = ready.into();
+        // That it can't be looked is told by the status.
+        let Ok(Ok(found)) = looked.await else { return };
+        self.postponed.retain(|name, postponed| !postponed.is_over() || found.ready.contains(name));
+        self.queue = found.ready.into();
     }
 
     /// Begins as much of what is ready as there is room for.
-    fn begin(&mut self, archiver: &Arc<Archiver>, origin: &Origin) {
+    fn begin(&mut self, source: &Arc<dyn WalSource>, archiver: &Arc<Archiver>, origin: &Origin) {
         if self.outage.is_some_and(|outage| !outage.is_over()) {
             return;
         }
@@ -128,12 +134,11 @@ impl Progress {
             && let Some(name) = self.queue.pop_front()
         {
             let postponed = self.postponed.get(&name).is_some_and(|postponed| !postponed.is_over());
-            let done = !origin.pgdata.is_ready(&name) || archiver.is_archived(origin, name);
-            if postponed || done || !self.under_way.insert(name) {
+            if postponed || !source.is_waiting(archiver, origin, name) || !self.under_way.insert(name) {
                 continue;
             }
-            let (archiver, origin) = (archiver.clone(), origin.clone());
-            self.tasks.spawn(async move { (name, archiver.archive_file(&origin, name).await) });
+            let (source, archiver, origin) = (source.clone(), archiver.clone(), origin.clone());
+            self.tasks.spawn(async move { (name, source.archive(&archiver, &origin, name).await) });
         }
     }
 

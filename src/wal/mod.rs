@@ -3,10 +3,12 @@
 pub mod archive;
 mod arriving;
 mod check;
+pub mod directory;
 pub mod fetch;
 pub mod lookahead;
 pub mod owner;
 pub mod shutdown;
+pub mod source;
 pub mod spool;
 pub mod standby;
 pub mod statistics;

@@ -4,7 +4,7 @@
 //! everything committed is in complete ones, and writes its shutdown checkpoint behind that. So the daemon
 //!
 //! 1. goes on archiving while PostgreSQL stops (its archiver asks, and look-ahead runs),
-//! 2. ships what is still `.ready` once it's gone,
+//! 2. ships what is still `.ready` once it's gone, and what lies in the archive directory,
 //! 3. keeps the tail: after an orderly stop it holds the shutdown checkpoint, after a crash committed transactions.
 //!
 //! Where PostgreSQL doesn't stop, only the sidecar is being restarted, and its WAL stays where it is.
@@ -16,7 +16,9 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Origin, Origins, archive::Archiver, tail};
+use pgsidecar_core::ArchiveFileName;
+
+use super::{Origin, Origins, archive::Archiver, source::WalSource, tail};
 use crate::{
     failure::Code,
     pgdata::{Listening, ServerState, archiving_order},
@@ -25,12 +27,17 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Between two tries to reach the store. The drain timeout ends them.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
-/// `.ready` files that are read at a time.
+/// Names that are taken from a source at a time.
 const BATCH: usize = 1_000;
 
 /// Waits for PostgreSQL's end, `patience` for its beginning, and ships what it leaves. Has no end of its own while the
 /// server is stopping or the store can't be reached: the caller has.
-pub async fn finish(archiver: &Arc<Archiver>, origins: &dyn Origins, patience: Duration) {
+pub async fn finish(
+    archiver: &Arc<Archiver>,
+    origins: &dyn Origins,
+    sources: &[Arc<dyn WalSource>],
+    patience: Duration,
+) {
     let asked = Instant::now();
     loop {
         let origin = match origins.origin().await {
@@ -43,13 +50,13 @@ pub async fn finish(archiver: &Arc<Archiver>, origins: &dyn Origins, patience: D
             }
         };
         match origin.pgdata.server() {
-            Ok(ServerState::Gone) => return ship_rest(archiver, &origin).await,
+            Ok(ServerState::Gone) => return ship_rest(archiver, &origin, sources).await,
             Ok(ServerState::Stopping(listening) | ServerState::Running(listening))
                 if asked.elapsed() >= patience && is_refused(&listening).await =>
             {
                 // It listens until all its processes have ended, also while it stops.
                 tracing::info!("PostgreSQL was killed: its postmaster.pid is there, but nobody listens");
-                return ship_rest(archiver, &origin).await;
+                return ship_rest(archiver, &origin, sources).await;
             }
             Ok(ServerState::Running(_)) if asked.elapsed() >= patience => {
                 tracing::info!("PostgreSQL runs on; its WAL waits for the next start of pgsidecar");
@@ -76,34 +83,11 @@ async fn is_refused(listening: &Listening) -> bool {
     tokio::time::timeout(Duration::from_secs(1), connecting).await.unwrap_or(false)
 }
 
-/// Ships what is `.ready`, then the tail. PostgreSQL is gone, so that there will be no more.
-async fn ship_rest(archiver: &Arc<Archiver>, origin: &Origin) {
-    let (mut shipped, mut last) = (0, None);
-    loop {
-        let (looking, from) = ((archiver.clone(), origin.clone()), last);
-        let ready = tokio::task::spawn_blocking(move || {
-            let (archiver, origin) = looking;
-            // Nobody renames the marks any more: what is archived stays `.ready` until PostgreSQL asks at its next start.
-            origin.pgdata.ready_files(BATCH, |name| {
-                from.is_none_or(|from| archiving_order(&from) < archiving_order(name))
-                    && !archiver.is_archived(&origin, *name)
-            })
-        });
-        let Ok(Ok(ready)) = ready.await else { return };
-        if ready.is_empty() {
-            break;
-        }
-        for name in ready {
-            // Any other failure is told by the archiver: it stays on the volume, and what is behind it is shipped.
-            let outcome = loop {
-                match archiver.archive_file(origin, name).await {
-                    Err(failure) if failure.code == Code::StoreUnavailable => tokio::time::sleep(RETRY_EVERY).await,
-                    outcome => break outcome,
-                }
-            };
-            shipped += u32::from(outcome.is_ok());
-            last = Some(name);
-        }
+/// Ships what waits, then the tail. PostgreSQL is gone, so that there will be no more.
+async fn ship_rest(archiver: &Arc<Archiver>, origin: &Origin, sources: &[Arc<dyn WalSource>]) {
+    let mut shipped = 0;
+    for source in sources {
+        shipped += ship_all(archiver, origin, source).await;
     }
     if shipped > 0 {
         tracing::info!(files = shipped, "shipped what PostgreSQL had left to be archived");
@@ -116,6 +100,40 @@ async fn ship_rest(archiver: &Arc<Archiver>, origin: &Origin) {
                 tracing::warn!(hint = failure.hint, "the end of the WAL could not be kept: {failure}");
                 return;
             }
+        }
+    }
+}
+
+/// Ships what waits in a source, in order; answers how many files that were.
+async fn ship_all(archiver: &Arc<Archiver>, origin: &Origin, source: &Arc<dyn WalSource>) -> usize {
+    let (mut shipped, mut last) = (0, None);
+    loop {
+        let (looking, from) = ((source.clone(), archiver.clone(), origin.clone()), last);
+        let looked = tokio::task::spawn_blocking(move || {
+            let (source, archiver, origin) = looking;
+            let behind =
+                |name: &ArchiveFileName| from.is_none_or(|from| archiving_order(&from) < archiving_order(name));
+            source.look(&archiver, &origin, BATCH, &behind)
+        });
+        // Told by the status for as long as it lasted.
+        let Ok(Ok(found)) = looked.await else { return shipped };
+        if found.ready.is_empty() && !found.more_to_come {
+            return shipped;
+        }
+        if found.ready.is_empty() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        for name in found.ready {
+            // Any other failure is told by the archiver: it stays on the volume, and what is behind it is shipped.
+            let outcome = loop {
+                match source.archive(archiver, origin, name).await {
+                    Err(failure) if failure.code == Code::StoreUnavailable => tokio::time::sleep(RETRY_EVERY).await,
+                    outcome => break outcome,
+                }
+            };
+            shipped += usize::from(outcome.is_ok());
+            // What isn't whole yet may come to be: it isn't left behind while more is to come.
+            last = if found.more_to_come { last } else { Some(name) };
         }
     }
 }

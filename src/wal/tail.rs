@@ -43,7 +43,7 @@ pub async fn keep(origin: &Origin) -> Result<(), Failure> {
         let key = repository.layout().tail(segment, &content.sha256);
         let name = format!("the tail in {segment}");
         let (file, stamp) = open(origin, segment)?;
-        let check = Check { name: ArchiveFileName::Segment(segment), control: origin.control };
+        let check = Check { name: ArchiveFileName::Segment(segment), control: origin.control, stamp: None };
         let stream = codec::compress(repository.level(), super::archive::content_of_file(check, file, stamp.size));
         if repository.store_stream(&key, &name, stream).await?.0 == Stored::New {
             tracing::info!(%segment, "kept the end of the WAL beside the archive");
@@ -79,7 +79,7 @@ fn unmarked_segments(origin: &Origin) -> Result<Vec<SegmentName>, Failure> {
             continue;
         }
         let (mut file, stamp) = open(origin, segment)?;
-        let check = Check { name, control: origin.control };
+        let check = Check { name, control: origin.control, stamp: None };
         // It begins with its own WAL, however little of it there is.
         let begun = check.size(stamp.size).is_ok() && check.completeness(&mut file).is_ok();
         if begun {

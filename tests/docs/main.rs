@@ -88,6 +88,7 @@ fn codes() -> Vec<Code> {
         InvalidName,
         NotFound,
         NotInArchive,
+        NotYetArchived,
         Conflict,
         NotOwner,
         InvalidSegment,
@@ -111,10 +112,10 @@ fn codes() -> Vec<Code> {
     ];
     for code in &all {
         match code {
-            InvalidRequest | InvalidName | NotFound | NotInArchive | Conflict | NotOwner | InvalidSegment
-            | WrongCluster | TooLarge | Forbidden | Misconfigured | DataDirectory | StoreUnavailable | StoreDenied
-            | PostgresUnavailable | DaemonUnavailable | Busy | Stopping | Timeout | TargetUnreachable | Damaged
-            | TargetDirectory | Io | Internal => {}
+            InvalidRequest | InvalidName | NotFound | NotInArchive | NotYetArchived | Conflict | NotOwner
+            | InvalidSegment | WrongCluster | TooLarge | Forbidden | Misconfigured | DataDirectory
+            | StoreUnavailable | StoreDenied | PostgresUnavailable | DaemonUnavailable | Busy | Stopping | Timeout
+            | TargetUnreachable | Damaged | TargetDirectory | Io | Internal => {}
         }
     }
     all

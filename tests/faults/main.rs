@@ -17,6 +17,7 @@ use std::{
 use bytes::Bytes;
 use pgsidecar::{
     failure::{Code, Failure},
+    pgdata::FileStamp,
     repository::{BackupClaim, Stored},
     restore::{self, RestoreOptions, unpack::Progress},
     store::{
@@ -206,6 +207,50 @@ async fn a_file_of_pg_wal_survives_a_fault_at_each_call_and_one_upload_serves_al
         .await;
         assert!(met >= 2, "{name} {met}");
     }
+}
+
+// On one thread, so that the second question comes before the first one's answer.
+#[tokio::test]
+async fn a_copy_in_an_archive_directory_survives_a_fault_at_each_call_and_waits_for_the_file_of_its_name_in_pg_wal() {
+    let (name, bytes) = segment(1, 9, 1);
+    let put = |world: &World, bytes: &[u8]| {
+        let path = world.directory().join(name.to_string());
+        std::fs::write(&path, bytes).unwrap();
+        let stamp = FileStamp::of(&std::fs::metadata(&path).unwrap());
+        (path, stamp)
+    };
+    let met = sweep_all(
+        async |world| {
+            world.put_wal(&name, &bytes);
+            let (path, stamp) = put(world, &bytes);
+            let (archiver, origin) = (Arc::new(Archiver::default()), world.origin(name));
+            let asked = archiver.archive_file(&origin, name);
+            let (asked, copied) = tokio::join!(asked, archiver.archive_copy(&origin, name, path, stamp));
+            if asked == Ok(Stored::New) && copied.is_ok() {
+                assert_eq!(copied, Ok(Stored::Already), "one after the other");
+            }
+            copied
+        },
+        async |world, outcome| {
+            if outcome.is_ok() {
+                assert!(world.wal(&name).await.as_ref() == Some(&bytes));
+            }
+            let (archiver, origin) = (Arc::new(Archiver::default()), world.origin(name));
+            let (path, stamp) = put(world, &bytes);
+            archiver.archive_copy(&origin, name, path, stamp).await.unwrap();
+            assert!(world.wal(&name).await.as_ref() == Some(&bytes));
+            let mut other = bytes.to_vec();
+            *other.last_mut().unwrap() ^= 1;
+            let (path, stamp) = put(world, &other);
+            // Not taken for the other file of that name, which is archived at the same time.
+            let asked = archiver.archive_file(&origin, name);
+            let (asked, copied) = tokio::join!(asked, archiver.archive_copy(&origin, name, path, stamp));
+            assert_eq!((asked, copied.unwrap_err().code), (Ok(Stored::Already), Code::Conflict));
+            assert!(world.wal(&name).await.as_ref() == Some(&bytes));
+        },
+    )
+    .await;
+    assert!(met >= 2, "{met}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,7 +16,7 @@ use std::{
 use bytes::Bytes;
 use pgsidecar::{
     failure::{Code, Failure},
-    wal::{Origin, Origins, archive::Archiver, fetch::Fetcher, lookahead, owner::Claimant},
+    wal::{Origin, Origins, archive::Archiver, fetch::Fetcher, lookahead, owner::Claimant, source::ArchiveStatus},
 };
 use pgsidecar_core::ArchiveFileName;
 use tokio::sync::watch;
@@ -141,7 +141,7 @@ impl Server {
                     self.archiver(&archiver, told),
                     self.intruder(&archiver, some.iter().copied().collect(), told),
                     self.reader(&fetcher, others.iter().copied().collect(), told),
-                    lookahead::run(archiver.clone(), &**self, stop),
+                    lookahead::run(archiver.clone(), &**self, Arc::new(ArchiveStatus), stop),
                 )
             })
             .await;

@@ -3,6 +3,7 @@
 
 mod ahead;
 mod always;
+mod archive_directory;
 mod archiving;
 mod backup;
 mod backup_outcomes;

@@ -48,8 +48,22 @@ const CHECKPOINT: &str = "CHECKPOINT LOCATION";
 const METHOD: &str = "BACKUP METHOD";
 const FROM: &str = "BACKUP FROM";
 const TIMELINE: &str = "START TIMELINE";
+const STOP_TIMELINE: &str = "STOP TIMELINE";
 const INCREMENTAL_LSN: &str = "INCREMENTAL FROM LSN";
 const INCREMENTAL_TLI: &str = "INCREMENTAL FROM TLI";
+
+/// Whether the text of a backup history file is all there: it begins as such a file does and its last line is the one
+/// that PostgreSQL writes last, to its end (`build_backup_content` in xlogbackup.c; before 15 `do_pg_stop_backup` in
+/// xlog.c). Two lines on what it is an increment of may follow those on the stop.
+pub fn is_whole_backup_history(text: &[u8]) -> bool {
+    let Some(lines) = text.strip_suffix(b"\n") else { return false };
+    let last = lines.rsplit(|&byte| byte == b'\n').next().unwrap_or_default();
+    text.starts_with(START.as_bytes())
+        && [STOP_TIMELINE, INCREMENTAL_TLI].iter().any(|key| {
+            let number = last.strip_prefix(key.as_bytes()).and_then(|rest| rest.strip_prefix(b": "));
+            number.is_some_and(|number| !number.is_empty() && number.iter().all(u8::is_ascii_digit))
+        })
+}
 
 impl FromStr for BackupLabel {
     type Err = ParseLabelError;
@@ -214,6 +228,22 @@ mod tests {
     const LABEL: &str = "START WAL LOCATION: 0/2000028 (file 000000010000000000000002)\n\
         CHECKPOINT LOCATION: 0/2000060\nBACKUP METHOD: streamed\nBACKUP FROM: primary\n\
         START TIME: 2026-11-21 06:15:00 UTC\nLABEL: pgsidecar\nSTART TIMELINE: 1\n";
+
+    #[test]
+    fn a_backup_history_is_whole_with_its_last_line_and_at_no_cut_before() {
+        let history = LABEL
+            .replace("CHECKPOINT", "STOP WAL LOCATION: 0/2000100 (file 000000010000000000000002)\nCHECKPOINT")
+            + "STOP TIME: 2026-11-21 06:15:09 UTC\nSTOP TIMELINE: 1\n";
+        for cut in 0..history.len() {
+            assert!(!is_whole_backup_history(&history.as_bytes()[..cut]), "{cut}");
+        }
+        assert!(is_whole_backup_history(history.as_bytes()));
+        let increment = format!("{history}INCREMENTAL FROM LSN: 0/1000028\nINCREMENTAL FROM TLI: 1\n");
+        assert!(is_whole_backup_history(increment.as_bytes()));
+        assert!(!is_whole_backup_history(LABEL.as_bytes()));
+        assert!(!is_whole_backup_history(&[history.as_bytes(), &[0; 512]].concat()));
+        assert!(!is_whole_backup_history(&history.as_bytes()[1..]));
+    }
 
     #[test]
     fn a_label_tells_where_recovery_begins() {
