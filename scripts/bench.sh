@@ -3,6 +3,7 @@
 # setup-s3s.sh fetch, and the release build.
 #
 #   BENCH="wal-drain wal-replay daemon" TOOLS="pgsidecar pgbackrest barman-cloud floor" REPEAT=3 SCALE=30 SEGMENTS=128 scripts/bench.sh
+tools=${TOOLS:-} # before lib.sh, which means something else by it
 source "$(dirname "$0")/lib.sh"
 cd "$ROOT"
 
@@ -21,5 +22,5 @@ if [[ $EUID -eq 0 ]]; then
     chmod 1777 "$TMPDIR"
     as_postgres test -x "$TMPDIR" || die "the user postgres can't reach this checkout ($ROOT): put it where every user can enter"
 fi
-cargo bench --locked -p pgsidecar --bench compare
+TOOLS=$tools cargo bench --locked -p pgsidecar --bench compare
 rm -rf "$TMPDIR"

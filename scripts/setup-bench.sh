@@ -47,7 +47,11 @@ runs() { # runs WHAT COMMAND...
     }
     log "$what: $(tail -n 1 "$try.log")"
 }
-runs PostgreSQL "$dest/usr/lib/postgresql/$BENCH_POSTGRES/bin/initdb" -D "$try/data" --auth=trust --locale=C.UTF-8 || die "its initdb doesn't run here"
+(cd / && as_postgres "$dest/usr/lib/postgresql/$BENCH_POSTGRES/bin/initdb" -D "$try/data" --auth=trust --locale=C.UTF-8 </dev/null >"$try.log" 2>&1) || {
+    cat "$try.log" >&2
+    die "PostgreSQL's initdb doesn't run here"
+}
+runs PostgreSQL "$dest/usr/lib/postgresql/$BENCH_POSTGRES/bin/postgres" --version || die "it doesn't run here"
 runs pgBackRest "$dest/usr/bin/pgbackrest" version || die "it doesn't run here"
 runs nginx "$dest/usr/sbin/nginx" -v || die "it doesn't run here"
 runs zstd "$dest/usr/bin/zstd" --version || die "it doesn't run here"

@@ -30,8 +30,6 @@ fn main() {
     let mut report = Report::new(&bench, &tools);
     for work in bench.options.works.clone() {
         works::run(work, &mut bench, &tools, &mut report);
-        // After each work: a later one that fails takes nothing away.
-        report.write();
     }
     report.print();
 }

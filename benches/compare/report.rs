@@ -43,15 +43,17 @@ impl Report {
             Some((_, _, outcomes)) => outcomes.push(outcome),
             None => self.outcomes.push((work, tool, vec![outcome])),
         }
+        self.write();
     }
 
     /// The daemon's resident bytes when idle, and the milliseconds of a call.
     pub fn set_daemon(&mut self, idle: u64, call_median: f64, call_p99: f64) {
         self.daemon = Some(DaemonFigures { idle, call_median, call_p99 });
+        self.write();
     }
 
-    /// Writes what there is so far.
-    pub fn write(&self) {
+    /// Writes what there is so far: a later run that fails takes nothing away.
+    fn write(&self) {
         let mut all: Vec<Value> =
             self.outcomes.iter().map(|(work, tool, outcomes)| result(*work, tool, outcomes)).collect();
         if let Some(DaemonFigures { idle, call_median, call_p99 }) = self.daemon {
