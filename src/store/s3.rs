@@ -240,7 +240,15 @@ impl Store for S3Store {
     }
 
     async fn create(&self, key: &ObjectKey, bytes: Bytes, content: Option<&ContentId>) -> Result<Creation, StoreError> {
-        self.put(key, bytes, content).await
+        match self.put(key, bytes, content).await {
+            // The store may have taken it and the answer was lost; or it has refused before it had read all of it, and a
+            // proxy made an error of its own of that. Only a look tells.
+            Err(error) if error.is_transient() => match self.head(key).await {
+                Ok(Some(_)) => Ok(Creation::Exists),
+                Ok(None) | Err(_) => Err(error),
+            },
+            result => result,
+        }
     }
 
     async fn begin(&self, key: &ObjectKey, content: Option<&ContentId>) -> Result<Box<dyn Upload>, StoreError> {

@@ -235,6 +235,24 @@ async fn a_lost_answer_to_a_creation_ends_as_exists() {
 }
 
 #[tokio::test]
+async fn a_proxys_error_about_an_object_that_is_there_ends_as_exists() {
+    // A server that refuses before it has read the body makes some proxies answer 502, as often as one tries.
+    let server = |there: bool| {
+        Scripted::start(move |request, _| match (probe(request), request.what().starts_with("HEAD")) {
+            (Some(reply), _) => reply,
+            (None, true) if there => Reply::http(200, "").with("last-modified", MODIFIED),
+            (None, true) => Reply::http(404, ""),
+            (None, false) => Reply::page(502),
+        })
+    };
+    let store = server(true).store().await;
+    assert_eq!(store.create(&key("a"), Bytes::new(), None).await.unwrap(), Creation::Exists);
+    let missing = server(false);
+    let error = missing.store().await.create(&key("a"), Bytes::new(), None).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+}
+
+#[tokio::test]
 async fn a_server_without_conditional_creation_is_looked_at_first_and_not_sent_the_header() {
     for refusal in [|| Reply::error(501, "NotImplemented"), || Reply::error(400, "NotImplemented")] {
         let server =
