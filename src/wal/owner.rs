@@ -61,7 +61,11 @@ impl Claimant {
 
 /// The timelines that we have found to be ours.
 #[derive(Default)]
-pub struct Owned(Mutex<HashMap<(SystemIdentifier, TimelineId), Instant>>);
+pub struct Owned {
+    known: Mutex<HashMap<(SystemIdentifier, TimelineId), Instant>>,
+    /// Files come several at a time: one claims for all.
+    claiming: tokio::sync::Mutex<()>,
+}
 
 impl Owned {
     /// Makes sure that the timeline is ours; claims it if it's nobody's.
@@ -70,8 +74,13 @@ impl Owned {
     /// [`Code::NotOwner`] if it's another's; the store's.
     pub async fn claim(&self, repository: &Repository, timeline: TimelineId, us: &Claimant) -> Result<(), Failure> {
         let name = (repository.layout().system(), timeline);
-        let believed = self.0.lock().is_ok_and(|known| known.get(&name).is_some_and(|at| at.elapsed() < BELIEVED));
-        if believed {
+        let believed =
+            || self.known.lock().is_ok_and(|known| known.get(&name).is_some_and(|at| at.elapsed() < BELIEVED));
+        if believed() {
+            return Ok(());
+        }
+        let _one_at_a_time = self.claiming.lock().await;
+        if believed() {
             return Ok(());
         }
         let object = RepositoryObject::TimelineOwner(timeline);
@@ -97,7 +106,7 @@ impl Owned {
                  If it has taken that one's place, which must not run any more: pgsidecar wal take-over.",
             ));
         }
-        if let Ok(mut known) = self.0.lock() {
+        if let Ok(mut known) = self.known.lock() {
             known.insert(name, Instant::now());
         }
         Ok(())
