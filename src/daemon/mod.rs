@@ -46,7 +46,7 @@ use crate::{
         Origin, Origins,
         archive::Archiver,
         fetch::{FetchRequest, Fetcher},
-        lookahead, shutdown,
+        lookahead, remains, shutdown,
         spool::{self, Spool, Spooled},
         standby,
     },
@@ -368,16 +368,17 @@ fn with<F>(
 }
 
 /// What the daemon does by itself: as soon as store and data directory are there it learns how the store creates
-/// objects and ships the timeline histories, and archives ahead from then on.
+/// objects and ships the timeline histories, and from then on archives ahead and removes what killed daemons have left.
 async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
     let mut told = None;
-    loop {
+    let repository = loop {
         let done = async {
             let origin = app.origin().await?;
-            histories::ship(&origin.repository, &origin.pgdata).await
+            histories::ship(&origin.repository, &origin.pgdata).await?;
+            Ok::<_, Failure>(origin.repository)
         };
         match done.await {
-            Ok(()) => break,
+            Ok(repository) => break repository,
             Err(failure) if told.as_ref() != Some(&failure.message) => {
                 tracing::warn!(hint = failure.hint, "not ready yet: {failure}");
                 told = Some(failure.message);
@@ -388,10 +389,10 @@ async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
             return;
         }
         tokio::time::sleep(RETRY_START_WORK).await;
-    }
+    };
     let Ok(work) = app.work() else { return };
     let received = standby::run(app.archiver.clone(), &*app, &work.settings.connection, stop.clone());
-    tokio::join!(lookahead::run(app.archiver.clone(), &*app, stop), received);
+    tokio::join!(lookahead::run(app.archiver.clone(), &*app, stop), received, remains::run(&repository));
 }
 
 /// The first signal stops in order, the second at once.

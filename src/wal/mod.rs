@@ -6,6 +6,7 @@ mod check;
 pub mod fetch;
 pub mod lookahead;
 pub mod owner;
+pub mod remains;
 pub mod shutdown;
 pub mod spool;
 pub mod standby;
