@@ -22,5 +22,6 @@ mod restore_refusals;
 mod server;
 mod shutdown;
 mod support;
+mod throttling;
 mod wal_restoring;
 mod wal_verify;
