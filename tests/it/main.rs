@@ -16,6 +16,7 @@ mod misconfiguration;
 mod outage;
 mod point_in_time;
 mod prefetch;
+mod promises;
 mod remains;
 mod restore_refusals;
 #[path = "../support/server.rs"]
