@@ -48,7 +48,7 @@ use crate::{
         archive::Archiver,
         directory::ArchiveDirectory,
         fetch::Fetcher,
-        lookahead, shutdown,
+        lookahead, remains, shutdown,
         source::{ArchiveStatus as ReadyMarks, WalSource},
         spool, standby,
     },
@@ -358,16 +358,17 @@ fn with<F>(
 }
 
 /// What the daemon does by itself: as soon as store and data directory are there it learns how the store creates
-/// objects and ships the timeline histories, and archives ahead from then on.
+/// objects and ships the timeline histories, and from then on archives ahead and removes what killed daemons have left.
 async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
     let mut told = None;
-    loop {
+    let repository = loop {
         let done = async {
             let origin = app.origin().await?;
-            histories::ship(&origin.repository, &origin.pgdata).await
+            histories::ship(&origin.repository, &origin.pgdata).await?;
+            Ok::<_, Failure>(origin.repository)
         };
         match done.await {
-            Ok(()) => break,
+            Ok(repository) => break repository,
             Err(failure) if told.as_ref() != Some(&failure.message) => {
                 tracing::warn!(hint = failure.hint, "not ready yet: {failure}");
                 told = Some(failure.message);
@@ -378,12 +379,12 @@ async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
             return;
         }
         tokio::time::sleep(RETRY_START_WORK).await;
-    }
+    };
     let Ok(work) = app.work() else { return };
     let received = standby::run(app.archiver.clone(), &*app, &work.settings.connection, stop.clone());
     let ahead =
         app.sources().into_iter().map(|source| lookahead::run(app.archiver.clone(), &*app, source, stop.clone()));
-    tokio::join!(futures_util::future::join_all(ahead), received);
+    tokio::join!(futures_util::future::join_all(ahead), received, remains::run(&repository));
 }
 
 /// The first signal stops in order, the second at once.

@@ -209,7 +209,8 @@ impl Archiver {
             Err(failure) => return Err(failure),
         };
         check_marked(origin, name)?;
-        let check = Check { name, control: origin.control, stamp: None };
+        // What nobody has asked for PostgreSQL may recycle meanwhile, and write to.
+        let check = Check { name, control: origin.control, stamp: Some(stamp) };
         let stored = self.archive(origin, check, Source::File(file, stamp.size)).await?;
         // What was written to meanwhile is stored as it was; only its identity isn't known any more.
         let unchanged = fs::symlink_metadata(&path).is_ok_and(|meta| FileStamp::of(&meta) == stamp);

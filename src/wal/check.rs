@@ -78,7 +78,7 @@ pub struct Check {
     pub name: ArchiveFileName,
     /// Of the server.
     pub control: ControlFile,
-    /// What the file is if it's a copy, which can be written to while it's read. `None`: who wrote it has finished.
+    /// What the file is, which can be written to while it's read. `None`: it can't.
     pub stamp: Option<FileStamp>,
 }
 

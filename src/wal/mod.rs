@@ -7,6 +7,7 @@ pub mod directory;
 pub mod fetch;
 pub mod lookahead;
 pub mod owner;
+pub mod remains;
 pub mod shutdown;
 pub mod source;
 pub mod spool;

@@ -18,10 +18,13 @@ mod misconfiguration;
 mod outage;
 mod point_in_time;
 mod prefetch;
+mod promises;
+mod remains;
 mod restore_refusals;
 #[path = "../support/server.rs"]
 mod server;
 mod shutdown;
 mod support;
+mod throttling;
 mod wal_restoring;
 mod wal_verify;

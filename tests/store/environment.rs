@@ -146,6 +146,98 @@ fn rotated_keys_in_a_file_are_noticed_without_a_restart() {
     assert!(by("b").contains("new-key"), "{}", by("b"));
 }
 
+/// The answer of STS: keys that expire in so many seconds.
+fn assumed(access_key: &str, seconds: i64) -> Reply {
+    let until = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
+    let credentials = format!(
+        "<AccessKeyId>{access_key}</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>\
+         <SessionToken>session-of-{access_key}</SessionToken><Expiration>{until:.0}</Expiration>"
+    );
+    let user = "<AssumedRoleId>id:session</AssumedRoleId><Arn>arn:aws:sts::1:assumed-role/backups/session</Arn>";
+    let body = format!(
+        "<AssumeRoleWithWebIdentityResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\">\
+         <AssumeRoleWithWebIdentityResult><Credentials>{credentials}</Credentials>\
+         <AssumedRoleUser>{user}</AssumedRoleUser></AssumeRoleWithWebIdentityResult>\
+         <ResponseMetadata><RequestId>1</RequestId></ResponseMetadata></AssumeRoleWithWebIdentityResponse>"
+    );
+    Reply::http(200, body).with("content-type", "text/xml")
+}
+
+/// STS and S3 under one address. STS takes two tokens, and makes keys of them that expire soon.
+fn sts_and_store() -> (Scripted, String) {
+    let server = Scripted::start(|request, _| {
+        let body = String::from_utf8_lossy(&request.body);
+        match (probe(request), body.contains("Action=AssumeRoleWithWebIdentity")) {
+            (Some(answer), _) => answer,
+            (None, false) => Reply::stored(),
+            (None, true) if body.contains("WebIdentityToken=first-token") => assumed("first-key", 2),
+            (None, true) if body.contains("WebIdentityToken=second-token") => assumed("second-key", 3600),
+            (None, true) => Reply::http(
+                400,
+                "<ErrorResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><Error><Type>Sender</Type>\
+                 <Code>ExpiredTokenException</Code><Message>Token expired</Message></Error></ErrorResponse>",
+            ),
+        }
+    });
+    let endpoint = format!("http://127.0.0.1:{}", server.port);
+    (server, endpoint)
+}
+
+#[tokio::test]
+async fn case_web_identity() {
+    if is_case("case_web_identity") {
+        let token = PathBuf::from(std::env::var_os("AWS_WEB_IDENTITY_TOKEN_FILE").unwrap());
+        let config = S3Config { bucket: "backups".to_owned(), ..S3Config::default() };
+        let store = S3Store::new(config).await;
+        store.create(&key("a"), Bytes::new(), None).await.unwrap();
+        // What the kubelet does at four fifths of a token's life, here too late.
+        std::fs::write(&token, "expired-token").unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(2500)).await;
+        let error = store.create(&key("b"), Bytes::new(), None).await.unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Credentials, "{error}");
+        assert!(error.to_string().contains("Token expired"), "{error}");
+        std::fs::write(&token, "second-token").unwrap();
+        store.create(&key("c"), Bytes::new(), None).await.unwrap();
+        store.create(&key("d"), Bytes::new(), None).await.unwrap();
+    }
+}
+
+fn web_identity(endpoint_variables: &[&str]) {
+    let (server, endpoint) = sts_and_store();
+    let directory = tempfile::tempdir().unwrap();
+    let token = directory.path().join("token");
+    std::fs::write(&token, "first-token").unwrap();
+    let mut environment: Vec<_> = endpoint_variables.iter().map(|name| (*name, endpoint.as_str())).collect();
+    environment.push(("AWS_WEB_IDENTITY_TOKEN_FILE", token.to_str().unwrap()));
+    environment.push(("AWS_ROLE_ARN", "arn:aws:iam::1:role/backups"));
+    run("case_web_identity", &environment);
+    let requests = server.requests();
+    let by = |name: &str| {
+        let request = requests.iter().find(|request| request.target.contains(&format!("/backups/{name}?")))?;
+        assert!(request.header("x-amz-security-token").unwrap().starts_with("session-of-"), "{request:?}");
+        Some(request.header("authorization").unwrap().to_owned())
+    };
+    assert!(by("a").unwrap().contains("first-key"), "{:?}", by("a"));
+    assert_eq!(by("b"), None);
+    assert!(by("c").unwrap().contains("second-key"), "{:?}", by("c"));
+    assert!(by("d").unwrap().contains("second-key"), "{:?}", by("d"));
+    let asked_for = |token: &str| {
+        let token = format!("WebIdentityToken={token}");
+        requests.iter().filter(|request| String::from_utf8_lossy(&request.body).contains(&token)).count()
+    };
+    assert_eq!(asked_for("second-token"), 1, "what is still good isn't asked for again");
+}
+
+#[test]
+fn a_web_identity_whose_token_is_replaced_works_on_without_a_restart() {
+    web_identity(&["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL_STS"]);
+}
+
+#[test]
+fn a_web_identity_is_asked_for_at_the_endpoint_of_all_services() {
+    web_identity(&["AWS_ENDPOINT_URL"]);
+}
+
 /// A web server with TLS, and a certificate for 127.0.0.1 of an authority that nobody knows.
 struct Web {
     server: Child,

@@ -139,9 +139,14 @@ impl Layout {
         self.key(&RepositoryObject::Tail(segment, short_hash(content)))
     }
 
+    /// What the keys of all tails begin with.
+    pub fn all_tails_prefix(&self) -> String {
+        format!("{}tail/", self.prefix())
+    }
+
     /// What the keys of a timeline's tails begin with.
     pub fn tails_prefix(&self, timeline: TimelineId) -> String {
-        format!("{}tail/{}/", self.prefix(), timeline.to_hex())
+        format!("{}{}/", self.all_tails_prefix(), timeline.to_hex())
     }
 
     /// What the keys of a segment's tails begin with.

@@ -155,5 +155,6 @@ fn answer(mut client: TcpStream, status: u16, code: &str) {
     let body = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>Scripted.</Message></Error>");
     let body = if request.starts_with(b"HEAD") { String::new() } else { body };
     let head = format!("HTTP/1.1 {status} Scripted\r\ncontent-type: application/xml\r\ncontent-length: {}", body.len());
+    let head = if matches!(status, 429 | 503) { format!("{head}\r\nretry-after: 1") } else { head };
     client.write_all(format!("{head}\r\nconnection: close\r\n\r\n{body}").as_bytes()).ok();
 }
