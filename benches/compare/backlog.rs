@@ -47,9 +47,6 @@ impl Backlog {
         ]);
         postgres.start(&["-c", "synchronous_commit=off"]);
         run(postgres.client("pgbench").args(["-i", "-q", "-s", &options.scale.to_string()]));
-        // A row of pgbench is mostly blanks, and a page of them compresses as no page of real data does.
-        postgres.sql("UPDATE pgbench_accounts SET filler = md5(aid::text)");
-        postgres.sql("VACUUM FULL pgbench_accounts");
         postgres.switch_wal();
         postgres.wait_until_archived();
         postgres.configure(&["archive_command = '/bin/false'"]);
