@@ -12,6 +12,7 @@ const SETTINGS: &str = include_str!("../../docs/settings.md");
 const API: &str = include_str!("../../docs/api.md");
 const ARCHITECTURE: &str = include_str!("../../ARCHITECTURE.md");
 const MANIFEST: &str = include_str!("../../Cargo.toml");
+const FAILURES: &str = include_str!("../FAILURES.md");
 const HELPER_ARGS: &str = include_str!("../../crates/wal-client/src/args.rs");
 
 /// What is said of a setting: its flag and its default.
@@ -164,6 +165,22 @@ fn every_dependency_has_its_reason_in_the_architecture() {
     assert!(missing.is_empty(), "without a reason: {missing:?}");
     let gone: Vec<&String> = documented.iter().filter(|name| !program.contains(&name.as_str())).collect();
     assert!(gone.is_empty(), "not used any more: {gone:?}");
+}
+
+#[test]
+fn every_test_in_the_table_of_failures_exists() {
+    let lines: Vec<&str> = FAILURES.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| |")).collect();
+    for (index, line) in lines.iter().enumerate() {
+        assert!(line.starts_with(&format!("| {} | ", index + 1)), "out of order: {line}");
+        let tests: Vec<_> = line.split('`').filter_map(|code| code.split_once(".rs::")).collect();
+        assert!(!tests.is_empty(), "without a test: {line}");
+        for (file, test) in tests {
+            let path = format!("{}/{file}.rs", env!("CARGO_MANIFEST_DIR"));
+            let source = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+            assert!(source.contains(&format!("fn {test}(")), "there is no {test} in {file}.rs");
+        }
+    }
+    assert!(lines.len() >= 21, "{} lines", lines.len());
 }
 
 #[test]

@@ -4,12 +4,14 @@ use std::{
     fs,
     io::{Read, Write},
     net::{Shutdown, TcpStream},
+    os::unix::fs::{PermissionsExt, symlink},
     path::Path,
     time::{Duration, Instant},
 };
 
 use crate::support::{
-    Postgres, Proxy, Repository, Scratch, Sidecar, Way, beside, connect, exchange, head, segment, told, wait_until,
+    Postgres, Proxy, Repository, Scratch, Sidecar, Way, beside, connect, exchange, give_to_servers, head, segment,
+    told, wait_until,
 };
 
 const MB: u32 = 1 << 20;
@@ -72,6 +74,45 @@ fn a_name_that_is_none_is_refused_as_such_pg15() {
         }
     }
     assert_eq!(wal_files(&scratch).unwrap(), [""; 0]);
+}
+
+#[test]
+fn a_file_of_pg_wal_that_can_not_be_read_is_not_acknowledged_pg15() {
+    let scratch = Scratch::new();
+    let (postgres, mut sidecar) = idle(&scratch);
+    // It's in the archive, so that its absence would be an acknowledgement.
+    postgres.lay(NAME, &postgres.segment(NAME, MB, 1));
+    assert_eq!(sidecar.post(NAME).status, 200);
+    let path = postgres.data.join("pg_wal").join(NAME);
+    let elsewhere = scratch.path().join("elsewhere");
+    fs::rename(&path, &elsewhere).unwrap();
+    // What it remembers of the file must not answer for it.
+    sidecar.kill();
+    sidecar.start();
+    let forbidden = || {
+        fs::copy(&elsewhere, &path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
+        give_to_servers(&path);
+    };
+    let kinds: [(&str, &dyn Fn()); 4] = [
+        ("without the right to read it", &forbidden),
+        ("a directory", &|| fs::create_dir(&path).unwrap()),
+        ("a link", &|| symlink(&elsewhere, &path).unwrap()),
+        ("a link to itself", &|| symlink(&path, &path).unwrap()),
+    ];
+    for (kind, lay) in kinds {
+        lay();
+        let answer = sidecar.post(NAME);
+        assert_eq!((answer.status, answer.code().as_str()), (500, "io"), "{kind}: {answer:?}");
+        let helper = sidecar.wal(&postgres, &["archive", &format!("pg_wal/{NAME}")]);
+        assert_eq!(helper.status.code(), Some(1), "{kind}: {}", told(&helper));
+        if fs::symlink_metadata(&path).unwrap().is_dir() {
+            fs::remove_dir(&path).unwrap();
+        } else {
+            fs::remove_file(&path).unwrap();
+        }
+    }
+    assert_eq!(sidecar.post(NAME).status, 200, "gone altogether");
 }
 
 #[test]
