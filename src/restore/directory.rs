@@ -4,17 +4,19 @@ use std::{
     collections::BTreeMap,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown},
+    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use pgsidecar_core::BackupRecord;
+use pgsidecar_core::{BackupId, BackupRecord};
 
 use crate::failure::{Code, Failure};
 
 /// Says that what is in the directory comes from a restore that isn't complete.
 const MARKER: &str = "pgsidecar.restoring";
+const HOLDS_A_DATABASE: &str = "holds a database";
+const BEING_RESTORED_TO: &str = "is being restored to at this moment";
 
 /// Who is to own what is restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,32 +79,44 @@ impl TargetDirectory {
             locks: Vec::new(),
         };
         for (n, target) in targets.into_iter().enumerate() {
-            let claimed = directory.claim(target, n == 0, backup);
+            let claimed = directory.claim(target, n == 0, backup.id);
             if let Err(failure) = claimed {
-                let _ = directory.clear();
+                // Without a lock nothing here is ours.
+                if !directory.locks.is_empty() {
+                    let _ = directory.clear();
+                }
                 return Err(failure);
             }
         }
         Ok(directory)
     }
 
-    /// Creates a directory, removes what an interrupted restore left in it, and marks it as ours.
-    fn claim(&mut self, path: &Path, is_data: bool, backup: &BackupRecord) -> Result<(), Failure> {
+    /// Creates a directory, marks it as ours, and removes what an interrupted restore left in it. Between the look at it
+    /// and this, another restore may have claimed it, or even have ended in it: then it's left alone.
+    fn claim(&mut self, path: &Path, is_data: bool, backup: BackupId) -> Result<(), Failure> {
         let (created, owner) = create(path)?;
+        let marker = lock_marker(path).inspect_err(|_| {
+            if created {
+                // As it's not empty where another restore is at work, it stays.
+                let _ = fs::remove_dir(path);
+            }
+        })?;
         if is_data {
             (self.created, self.owner) = (created, owner);
         } else {
             self.tablespaces.push((path.to_owned(), created));
         }
+        let marker = Arc::new(marker);
+        self.locks.push(marker.clone());
         let mark = || {
-            clear_content(path)?;
-            let marker = self.create_file(&path.join(MARKER), format!("{}\n", backup.id).as_bytes())?;
-            marker.try_lock()?;
-            File::open(path)?.sync_all()?;
-            Ok::<_, io::Error>(marker)
+            clear_all_but_marker(path)?;
+            marker.set_len(0)?;
+            marker.write_all_at(format!("{backup}\n").as_bytes(), 0)?;
+            let like = fs::metadata(&self.path)?;
+            self.own(&path.join(MARKER), (like.uid(), like.gid()))?;
+            File::open(path)?.sync_all()
         };
-        let marked = mark().map(|marker| self.locks.push(Arc::new(marker)));
-        marked.map_err(|error| Failure::io(format!("claiming {}", path.display()), &error))
+        mark().map_err(|error| Failure::io(format!("claiming {}", path.display()), &error))
     }
 
     /// Where it is.
@@ -226,8 +240,33 @@ impl TargetDirectory {
     }
 }
 
+/// The marker of a directory, made if it isn't there, and locked.
+fn lock_marker(directory: &Path) -> Result<File, Failure> {
+    let path = directory.join(MARKER);
+    let marker = || {
+        let marker = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+        // Whoever held it may have removed it since it was opened.
+        let is_ours = marker.try_lock().is_ok()
+            && fs::symlink_metadata(&path)
+                .is_ok_and(|meta| marker.metadata().is_ok_and(|ours| ours.ino() == meta.ino()));
+        Ok::<_, io::Error>(is_ours.then_some(marker))
+    };
+    let marker = marker().map_err(|error| Failure::io(format!("claiming {}", directory.display()), &error))?;
+    let Some(marker) = marker else { return Err(refusal(directory, BEING_RESTORED_TO)) };
+    if directory.join("PG_VERSION").exists() {
+        let _ = fs::remove_file(&path);
+        return Err(refusal(directory, HOLDS_A_DATABASE));
+    }
+    Ok(marker)
+}
+
 /// Empties a directory. The marker goes last: until then the directory is known as ours.
 fn clear_content(directory: &Path) -> io::Result<()> {
+    clear_all_but_marker(directory)?;
+    unless_absent(fs::remove_file(directory.join(MARKER)))
+}
+
+fn clear_all_but_marker(directory: &Path) -> io::Result<()> {
     let marker = directory.join(MARKER);
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
@@ -235,7 +274,7 @@ fn clear_content(directory: &Path) -> io::Result<()> {
             remove(&path)?;
         }
     }
-    unless_absent(fs::remove_file(&marker))
+    Ok(())
 }
 
 /// What isn't there needn't be removed.
@@ -251,12 +290,14 @@ fn remove(path: &Path) -> io::Result<()> {
     if fs::symlink_metadata(path)?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
+fn refusal(directory: &Path, what: &str) -> Failure {
+    Failure::new(Code::TargetDirectory, format!("{} {what}; nothing was changed", directory.display()))
+        .hint("Name a directory that is empty or doesn't exist, on a volume with enough room.")
+}
+
 /// Refuses a directory with anything in it, unless it's what an interrupted restore left.
 fn check_free(path: &Path) -> Result<(), Failure> {
-    let refuse = |what: &str| {
-        Failure::new(Code::TargetDirectory, format!("{} {what}; nothing was changed", path.display()))
-            .hint("Name a directory that is empty or doesn't exist, on a volume with enough room.")
-    };
+    let refuse = |what: &str| refusal(path, what);
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -267,11 +308,11 @@ fn check_free(path: &Path) -> Result<(), Failure> {
         return Ok(());
     }
     if path.join("PG_VERSION").exists() {
-        return Err(refuse("holds a database"));
+        return Err(refuse(HOLDS_A_DATABASE));
     }
     if let Ok(marker) = File::open(path.join(MARKER)) {
         if marker.try_lock().is_err() {
-            return Err(refuse("is being restored to at this moment"));
+            return Err(refuse(BEING_RESTORED_TO));
         }
         tracing::info!(directory = %path.display(), "the directory holds the remains of an interrupted restore; starting over");
         return Ok(());
@@ -321,4 +362,45 @@ fn create(path: &Path) -> Result<(bool, Owner), Failure> {
         Err(error) => Err(error),
     };
     create().map_err(|error| Failure::io(format!("creating {}", path.display()), &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use pgsidecar_core::BackupKind;
+
+    use super::*;
+
+    fn target(path: &Path) -> TargetDirectory {
+        let (owner, tablespaces, locks) = (Owner::Ourselves, Vec::new(), Vec::new());
+        TargetDirectory { path: path.to_owned(), created: false, owner, tablespaces, locks }
+    }
+
+    #[test]
+    fn what_another_restore_has_claimed_since_it_was_looked_at_is_left_alone() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("restored");
+        let backup = BackupId::new(jiff::Timestamp::UNIX_EPOCH, BackupKind::Full);
+        let (mut first, mut second) = (target(&path), target(&path));
+        first.claim(&path, true, backup).unwrap();
+        assert!(fs::read_to_string(path.join(MARKER)).unwrap().starts_with(&backup.to_string()));
+        fs::write(path.join("file"), "").unwrap();
+
+        let refused = second.claim(&path, true, backup).unwrap_err();
+        assert!(refused.message.contains(BEING_RESTORED_TO), "{refused}");
+        assert!(second.locks.is_empty() && path.join("file").exists() && path.join(MARKER).exists());
+
+        first.write("PG_VERSION", b"17").unwrap();
+        first.release().unwrap();
+        let refused = second.claim(&path, true, backup).unwrap_err();
+        assert!(refused.message.contains(HOLDS_A_DATABASE), "{refused}");
+        assert!(second.locks.is_empty() && path.join("file").exists() && !path.join(MARKER).exists());
+
+        // What an interrupted one has left is taken over.
+        fs::remove_file(path.join("PG_VERSION")).unwrap();
+        fs::write(path.join(MARKER), "a longer text than the next one, to be gone with all of it").unwrap();
+        drop(first);
+        second.claim(&path, true, backup).unwrap();
+        assert_eq!(fs::read_to_string(path.join(MARKER)).unwrap(), format!("{backup}\n"));
+        assert!(!path.join("file").exists());
+    }
 }

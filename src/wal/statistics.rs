@@ -14,6 +14,10 @@ use crate::failure::{Code, Failure};
 /// How often a failure that goes on is told.
 const TELL_AGAIN: SignedDuration = SignedDuration::from_mins(10);
 
+/// How long it must fail, or have failed no more, until what was told a while ago is news again. A store that throttles
+/// takes one request and not the next.
+const SETTLED: SignedDuration = SignedDuration::from_mins(1);
+
 /// What the archiver has done since the start.
 #[derive(Default)]
 pub struct Counters {
@@ -30,9 +34,21 @@ pub struct Last {
     pub last_archived: Option<LastArchived>,
     /// The request that failed last. `None` once one has succeeded since.
     pub last_failure: Option<LastFailure>,
-    /// When the log was told of it.
     #[serde(skip)]
-    told: Option<Timestamp>,
+    told: Told,
+}
+
+/// What the log says already.
+#[derive(Clone, Debug, Default)]
+struct Told {
+    /// The failure that was told last, and when.
+    failure: Option<(Failure, Timestamp)>,
+    /// Whether it fails, as far as the log says.
+    is_failing: bool,
+    /// Since when no request has succeeded.
+    failing_since: Option<Timestamp>,
+    /// When a request failed last.
+    failed_at: Option<Timestamp>,
 }
 
 /// A file that was acknowledged.
@@ -69,18 +85,44 @@ pub struct ArchiveStatistics {
     pub last: Last,
 }
 
-impl Last {
-    /// Whether the log doesn't say it yet. PostgreSQL asks every second or so, and look-ahead for several files: an outage
-    /// is told once, whatever file it hits, and again when it goes on; what concerns one file, once for that file.
-    fn is_news(&self, failure: &Failure) -> bool {
-        let (Some(last), Some(told)) = (&self.last_failure, self.told) else { return true };
-        let of_all_files = matches!(
-            failure.code,
-            Code::StoreUnavailable | Code::StoreDenied | Code::Misconfigured | Code::DataDirectory | Code::NotOwner
-        );
-        let same = last.reason.code == failure.code && (of_all_files || last.reason.message == failure.message);
-        !same || Timestamp::now().duration_since(told) >= TELL_AGAIN
+impl Told {
+    /// Notes a failure; answers whether the log has to be told. PostgreSQL asks every second or so, and look-ahead for
+    /// several files: an outage is told once, whatever file it hits and whatever passes in between, and again when it
+    /// goes on; what concerns one file, once for that file.
+    fn failure(&mut self, failure: &Failure, now: Timestamp) -> bool {
+        let failing_since = *self.failing_since.get_or_insert(now);
+        let failed_before = self.failed_at.replace(now);
+        let is_news = match &self.failure {
+            None => true,
+            Some((told, _)) if told.code != failure.code => true,
+            Some((_, at)) if now.duration_since(*at) >= TELL_AGAIN => true,
+            Some((told, _)) if !concerns_all_files(failure) => !self.is_failing || told.message != failure.message,
+            Some(_) if self.is_failing => false,
+            // It has worked meanwhile.
+            Some(_) => {
+                now.duration_since(failing_since) >= SETTLED
+                    || failed_before.is_none_or(|before| now.duration_since(before) >= SETTLED)
+            }
+        };
+        if is_news {
+            self.failure = Some((failure.clone(), now));
+            self.is_failing = true;
+        }
+        is_news
     }
+
+    /// Notes a success; answers whether the log has to be told.
+    fn success(&mut self) -> bool {
+        self.failing_since = None;
+        std::mem::take(&mut self.is_failing)
+    }
+}
+
+fn concerns_all_files(failure: &Failure) -> bool {
+    matches!(
+        failure.code,
+        Code::StoreUnavailable | Code::StoreDenied | Code::Misconfigured | Code::DataDirectory | Code::NotOwner
+    )
 }
 
 impl Counters {
@@ -99,7 +141,8 @@ impl Counters {
         let Ok(mut last) = self.last.lock() else { return };
         self.archived.fetch_add(1, Relaxed);
         last.last_archived = Some(LastArchived { file: name, at: Timestamp::now() });
-        if last.last_failure.take().is_some() {
+        last.last_failure = None;
+        if last.told.success() {
             tracing::info!(file = %name, "archiving works again");
         }
     }
@@ -111,11 +154,11 @@ impl Counters {
         if failure.code == Code::Conflict {
             self.conflicts.fetch_add(1, Relaxed);
         }
-        if last.is_news(failure) {
+        let now = Timestamp::now();
+        if last.told.failure(failure, now) {
             tracing::error!(file = %name, hint = failure.hint, "archiving failed: {failure}");
-            last.told = Some(Timestamp::now());
         }
-        last.last_failure = Some(LastFailure { file: name, at: Timestamp::now(), reason: failure.clone() });
+        last.last_failure = Some(LastFailure { file: name, at: now, reason: failure.clone() });
     }
 }
 
@@ -123,26 +166,53 @@ impl Counters {
 mod tests {
     use super::*;
 
+    /// Seconds after some moment.
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_second(1_700_000_000 + seconds).unwrap()
+    }
+
+    fn away(text: &str) -> Failure {
+        Failure::new(Code::StoreUnavailable, text)
+    }
+
     #[test]
     fn an_outage_is_told_once_whatever_file_it_hits_and_a_conflict_for_each() {
-        let name = |number: u32| format!("{:024X}", (1_u128 << 64) + u128::from(number)).parse().unwrap();
-        let (away, conflict) = (
-            |n| Failure::new(Code::StoreUnavailable, format!("{n}")),
-            |n| Failure::new(Code::Conflict, format!("{n}")),
-        );
-        let counters = Counters::default();
-        let is_news = |failure: Failure, number| {
-            let news = counters.last.lock().unwrap().is_news(&failure);
-            counters.note_failure(name(number), &failure);
-            news
-        };
-        assert!(is_news(away(1), 1));
-        assert!(!is_news(away(2), 2));
-        assert!(!is_news(away(1), 1));
-        assert!(is_news(conflict(1), 1));
-        assert!(!is_news(conflict(1), 1));
-        assert!(is_news(conflict(2), 2));
-        counters.note_success(name(2));
-        assert!(is_news(conflict(2), 2));
+        let conflict = |text: &str| Failure::new(Code::Conflict, text);
+        let mut told = Told::default();
+        assert!(told.failure(&away("1"), at(0)));
+        assert!(!told.failure(&away("2"), at(1)));
+        assert!(!told.failure(&away("1"), at(599)));
+        assert!(told.failure(&away("1"), at(600)), "it goes on");
+        assert!(told.failure(&conflict("1"), at(601)));
+        assert!(!told.failure(&conflict("1"), at(602)));
+        assert!(told.failure(&conflict("2"), at(603)));
+        assert!(told.success());
+        assert!(!told.success());
+        assert!(told.failure(&conflict("2"), at(604)));
+    }
+
+    #[test]
+    fn what_fails_now_and_then_is_told_once_until_it_has_settled() {
+        let mut told = Told::default();
+        assert!(told.failure(&away("throttled"), at(0)));
+        assert!(told.success());
+        for second in 1..500 {
+            assert!(!told.failure(&away("throttled"), at(second)), "{second}");
+            assert!(!told.success(), "what wasn't told to fail isn't told to work");
+        }
+        // Nothing passes any more.
+        assert!(!told.failure(&away("gone"), at(500)));
+        assert!(!told.failure(&away("gone"), at(559)));
+        assert!(told.failure(&away("gone"), at(560)));
+        assert!(!told.failure(&away("gone"), at(561)));
+        assert!(told.success());
+        // It has worked for a minute.
+        assert!(told.failure(&away("gone"), at(621)));
+        assert!(told.success());
+        // For as long as this, it's told now and then.
+        assert!(!told.failure(&away("throttled"), at(640)));
+        assert!(!told.success());
+        (1..=58).for_each(|n| assert!(!told.failure(&away("throttled"), at(640 + n * 10)) && !told.success()));
+        assert!(told.failure(&away("throttled"), at(1221)));
     }
 }

@@ -157,7 +157,7 @@ fn a_body_that_is_not_the_segment_of_its_name_is_refused_and_not_stored_pg15() {
     }
     fs::remove_file(postgres.data.join("pg_wal").join(NAME)).unwrap();
     assert_eq!(sidecar.post(NAME).code(), "not_found");
-    std::os::unix::fs::symlink("/etc/passwd", postgres.data.join("pg_wal").join(NAME)).unwrap();
+    symlink("/etc/passwd", postgres.data.join("pg_wal").join(NAME)).unwrap();
     assert_eq!(sidecar.post(NAME).code(), "io");
     assert_eq!(wal_files(&scratch).unwrap(), [""; 0]);
     assert_eq!(sidecar.put(NAME, &right).status, 200);

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::{Look, Postgres, Proxy, Repository, Scratch, Sidecar, Way, beside, wait_until};
+use crate::support::{Look, Postgres, Proxy, Repository, Scratch, Sidecar, Way, Wire, beside, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(90);
 /// How long the store is out of order.
@@ -19,15 +19,18 @@ struct UnderLoad {
     sidecar: Sidecar,
     repository: Repository,
     proxy: Proxy,
+    wire: Wire,
     load: Child,
 }
 
 impl UnderLoad {
     fn start(scratch: &Scratch) -> UnderLoad {
         let repository = Repository::s3();
+        // The one knows what to do to all requests, the other what to do to some.
         let proxy = Proxy::before(&repository);
+        let wire = Wire::to(proxy.url().strip_prefix("http://").unwrap());
         let (mut postgres, mut sidecar) = beside(scratch, 15, &["--wal-segsize=1"], &repository);
-        sidecar.set("AWS_ENDPOINT_URL_S3", &proxy.url());
+        sidecar.through(&wire);
         let settings = sidecar.archive_settings();
         postgres.configure(&settings.iter().map(String::as_str).collect::<Vec<_>>());
         // What is archived stays, to be compared.
@@ -40,7 +43,7 @@ impl UnderLoad {
         let mut load = postgres.client("pgbench");
         let load = load.args(["-n", "-c", "2", "-R", "4", "-T", "600", "-f"]).arg(&script);
         let load = load.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let mut all = UnderLoad { postgres, sidecar, repository, proxy, load };
+        let mut all = UnderLoad { postgres, sidecar, repository, proxy, wire, load };
         all.archived_more(3);
         all
     }
@@ -139,4 +142,21 @@ fn a_store_out_of_order_costs_postgresql_nothing_and_the_backlog_drains_by_itsel
 #[test]
 fn credentials_that_are_not_accepted_for_a_while_need_nobodys_doing_pg15() {
     an_outage_is_survived(&[(403, "ExpiredToken")], "store_denied", "403 ExpiredToken");
+}
+
+#[test]
+fn a_store_that_takes_some_requests_and_not_others_is_told_of_now_and_then_pg15() {
+    let scratch = Scratch::new();
+    let mut all = UnderLoad::start(&scratch);
+    let archived = all.archived();
+    all.wire.throttle(5);
+    all.goes_on_for(2 * OUTAGE);
+    assert!(all.archived() > archived, "what is taken counts");
+    let failures: u64 = all.sidecar.metric("pgsidecar_archive_failures_total").parse().unwrap();
+    assert!(failures >= 5, "{failures}");
+    let told = (all.said("archiving failed"), all.said("archiving works again"));
+    all.end_load();
+    all.wire.throttle(1);
+    all.drains_by_itself();
+    assert_eq!(told, (1, 1), "{failures} failures");
 }

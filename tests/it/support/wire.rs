@@ -49,6 +49,16 @@ struct Refusal {
 const DENIED: &str = "HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nConnection: close\r\nContent-Length: 76\r\n\r\n\
     <?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message/></Error>     ";
 
+/// How S3 says that it gets too many requests.
+const SLOW_DOWN: &str = "HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 76\r\n\r\n\
+    <?xml version=\"1.0\"?><Error><Code>SlowDown</Code><Message/></Error>         ";
+
+/// Only every so-manieth request is taken.
+struct Throttle {
+    every: u32,
+    seen: u32,
+}
+
 struct State {
     mode: Mode,
     /// Counts the changes of `mode`: bytes are counted from the last one on.
@@ -56,6 +66,7 @@ struct State {
     hold: Option<Hold>,
     held: u32,
     refusal: Option<Refusal>,
+    throttle: Option<Throttle>,
     /// The first lines of what was passed on or refused.
     requests: Vec<String>,
     cuts: u32,
@@ -90,6 +101,7 @@ impl Wire {
             hold: None,
             held: 0,
             refusal: None,
+            throttle: None,
             requests: Vec::new(),
             cuts: 0,
             connections: Vec::new(),
@@ -158,6 +170,11 @@ impl Wire {
         self.shared.lock().refusal = Some(Refusal { method, needle: needle.to_owned(), times });
     }
 
+    /// Takes only every so-manieth request and tells the others to slow down; with 1, takes all.
+    pub fn throttle(&self, every: u32) {
+        self.shared.lock().throttle = Some(Throttle { every, seen: 0 });
+    }
+
     /// The first lines of the requests so far that were not held back, in their order: those with this method that
     /// contain this.
     pub fn requests(&self, method: &str, needle: &str) -> Vec<String> {
@@ -210,8 +227,9 @@ impl Shared {
         let mut buffer = [0; 16 * 1024];
         let (mut passed, mut since) = (0, self.lock().changes);
         while let Ok(n @ 1..) = from.read(&mut buffer) {
-            if direction == Direction::Up && self.refuses(&buffer[..n]) {
-                from.write_all(DENIED.as_bytes()).ok();
+            let refused = (direction == Direction::Up).then(|| self.refuses(&buffer[..n])).flatten();
+            if let Some(answer) = refused {
+                from.write_all(answer.as_bytes()).ok();
                 break;
             }
             let Some(wait) = self.judge(direction, &buffer[..n], &mut passed, &mut since, answer_is_held) else {
@@ -226,15 +244,21 @@ impl Shared {
         to.shutdown(Shutdown::Both).ok();
     }
 
-    fn refuses(&self, chunk: &[u8]) -> bool {
+    /// What a request is answered instead of being passed on.
+    fn refuses(&self, chunk: &[u8]) -> Option<&'static str> {
         let (line, mut state) = (first_line(chunk), self.lock());
-        let Some(refusal) = &mut state.refusal else { return false };
-        let refused = refusal.times > 0 && line.starts_with(refusal.method) && line.contains(&refusal.needle);
-        if refused {
+        if let Some(refusal) = &mut state.refusal
+            && refusal.times > 0
+            && line.starts_with(refusal.method)
+            && line.contains(&refusal.needle)
+        {
             refusal.times -= 1;
             state.requests.push(line);
+            return Some(DENIED);
         }
-        refused
+        let throttle = state.throttle.as_mut().filter(|_| line.ends_with(" HTTP/1.1"))?;
+        throttle.seen += 1;
+        (throttle.seen % throttle.every != 0).then_some(SLOW_DOWN)
     }
 
     /// Whether a chunk may pass, and after what pause.
