@@ -1,5 +1,7 @@
 //! What PostgreSQL asks of the archive, and when "not there" may be said (I5).
 
+use std::{os::unix::fs::MetadataExt, path::Path};
+
 use pgsidecar_core::{ArchiveFileName, SystemIdentifier};
 
 use super::{App, Work};
@@ -13,7 +15,8 @@ use crate::{
 };
 
 impl App {
-    /// Fetches a file from the archive, of this database system or of the one that is named.
+    /// Fetches a file from the archive, of this database system or of the one that is named. `directory` is the inode of
+    /// where it goes to.
     ///
     /// # Errors
     /// [`Code::NotInArchive`] if the store says so; anything else means 'can't tell'.
@@ -21,6 +24,7 @@ impl App {
         &self,
         name: ArchiveFileName,
         system: Option<SystemIdentifier>,
+        directory: Option<u64>,
         tail: bool,
     ) -> Result<(Spooled, &Spool), Failure> {
         let work = self.work()?;
@@ -37,6 +41,8 @@ impl App {
         let waits = work.waits_to_be_archived(name, pgdata.as_ref()).await;
         // Where the whole segment will come, its beginning isn't handed out.
         let tail = tail && !matches!(waits, Some(Ok(true) | Err(_)));
+        // Into pg_wal only what goes there: a database that is restored beside the living one must not fill its volume.
+        let pgdata = pgdata.filter(|pgdata| directory.is_some() && directory == inode_of(&pgdata.wal()));
         let request = FetchRequest { repository: work.repository(system), name, pgdata, tail };
         let fetched = work.fetcher.fetch(&request).await;
         let spooled = fetched.map_err(|failure| match waits {
@@ -45,6 +51,10 @@ impl App {
         })?;
         Ok((spooled, work.fetcher.spool()))
     }
+}
+
+fn inode_of(path: &Path) -> Option<u64> {
+    std::fs::metadata(path).ok().map(|meta| meta.ino())
 }
 
 impl Work {

@@ -144,7 +144,7 @@ async fn archive_body(app: &Arc<App>, name: ArchiveFileName, request: Request<In
 
 async fn fetch(app: &Arc<App>, name: ArchiveFileName, query: Option<&str>) -> Result<Answer, Failure> {
     let wanted = query.map(Wanted::parse).transpose()?.unwrap_or_default();
-    let (spooled, spool) = app.fetch(name, wanted.system, wanted.tail).await?;
+    let (spooled, spool) = app.fetch(name, wanted.system, wanted.directory, wanted.tail).await?;
     if let Some(file) = wanted.directory.and_then(|inode| spool.hand_over(&spooled, inode)) {
         let mut answer = bytes(StatusCode::OK, OCTETS, Bytes::new());
         let value = HeaderValue::from_str(&file).map_err(Failure::internal)?;

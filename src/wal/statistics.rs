@@ -18,6 +18,9 @@ const TELL_AGAIN: SignedDuration = SignedDuration::from_mins(10);
 /// takes one request and not the next.
 const SETTLED: SignedDuration = SignedDuration::from_mins(1);
 
+/// How long a file counts as refused after the last try. It's tried again more often.
+const REFUSED_STILL: SignedDuration = SignedDuration::from_mins(2);
+
 /// What the archiver has done since the start.
 #[derive(Default)]
 pub struct Counters {
@@ -32,7 +35,7 @@ pub struct Counters {
 pub struct Last {
     /// What was acknowledged last.
     pub last_archived: Option<LastArchived>,
-    /// The request that failed last. `None` once one has succeeded since.
+    /// The request that failed last. `None` once one has succeeded since; if it was the file's fault, one for that file.
     pub last_failure: Option<LastFailure>,
     #[serde(skip)]
     told: Told,
@@ -140,9 +143,13 @@ impl Counters {
     pub fn note_success(&self, name: ArchiveFileName) {
         let Ok(mut last) = self.last.lock() else { return };
         self.archived.fetch_add(1, Relaxed);
-        last.last_archived = Some(LastArchived { file: name, at: Timestamp::now() });
-        last.last_failure = None;
-        if last.told.success() {
+        let now = Timestamp::now();
+        last.last_archived = Some(LastArchived { file: name, at: now });
+        // That another file gets through says nothing of one that is refused for what it is.
+        last.last_failure = last.last_failure.take().filter(|last| {
+            last.file != name && !concerns_all_files(&last.reason) && now.duration_since(last.at) < REFUSED_STILL
+        });
+        if last.last_failure.is_none() && last.told.success() {
             tracing::info!(file = %name, "archiving works again");
         }
     }

@@ -9,7 +9,7 @@
 
 use std::{fs, io::Seek};
 
-use pgsidecar_core::{ArchiveFileName, ContentId, SegmentName, layout::RepositoryObject};
+use pgsidecar_core::{ArchiveFileName, ClusterState, ContentId, SegmentName, layout::RepositoryObject};
 
 use super::{
     Origin,
@@ -22,7 +22,7 @@ use crate::{
     store::{ListRequest, ListedObject, Pages},
 };
 
-/// More segments than this are no end of a log, but an archive that PostgreSQL doesn't know of.
+/// More segments than this are no end of a log: PostgreSQL doesn't archive (`archive_mode = off`).
 const MOST_SEGMENTS: usize = 4;
 
 /// Keeps the end of the WAL of a server that isn't running.
@@ -30,6 +30,10 @@ const MOST_SEGMENTS: usize = 4;
 /// # Errors
 /// The store's; or if pg_wal can't be read.
 pub async fn keep(origin: &Origin) -> Result<(), Failure> {
+    // A standby has no more than its primary has sent: its end, kept later, would pass for the newer one.
+    if matches!(origin.control.state, ClusterState::InArchiveRecovery | ClusterState::ShutDownInRecovery) {
+        return Ok(());
+    }
     let looked = {
         let origin = origin.clone();
         tokio::task::spawn_blocking(move || unmarked_segments(&origin)).await??
@@ -87,8 +91,14 @@ fn unmarked_segments(origin: &Origin) -> Result<Vec<SegmentName>, Failure> {
         }
     }
     segments.sort_unstable();
-    let newest = segments.split_off(segments.len().saturating_sub(MOST_SEGMENTS));
-    Ok(newest)
+    if segments.len() > MOST_SEGMENTS {
+        tracing::info!(
+            segments = segments.len(),
+            "PostgreSQL has marked none of its segments: no end of its WAL is kept"
+        );
+        segments.clear();
+    }
+    Ok(segments)
 }
 
 /// The newest tail of a segment.
