@@ -26,7 +26,7 @@ fn idle(scratch: &Scratch) -> (Postgres, Sidecar) {
     (postgres, sidecar)
 }
 
-/// What lies below the repository's wal/, by name; nothing as long as there is no repository.
+/// The WAL that lies below the repository's wal/, by name; nothing as long as there is no repository.
 fn wal_files(scratch: &Scratch) -> Option<Vec<String>> {
     fn files(directory: &Path, found: &mut Vec<String>) {
         for entry in fs::read_dir(directory).into_iter().flatten().map(Result::unwrap) {
@@ -40,6 +40,8 @@ fn wal_files(scratch: &Scratch) -> Option<Vec<String>> {
     fs::exists(system.join("cluster.json")).ok()?.then_some(())?;
     let mut found = Vec::new();
     files(&system.join("wal"), &mut found);
+    // Whose a timeline is, is no WAL.
+    found.retain(|name| name != "owner.json");
     Some(found)
 }
 
