@@ -35,7 +35,6 @@ impl Pgsidecar {
             .env("PGSIDECAR_WAL_LISTEN", format!("127.0.0.1:{}", place.port))
             .env("PGSIDECAR_HEALTH_LISTEN", "127.0.0.1:0")
             .env("PGSIDECAR_CONTROL_SOCKET", path("control.sock"))
-            .env("PGSIDECAR_SPOOL", path("spool"))
             .env("PGSIDECAR_HELPER", Sidecar::helper());
         Daemon::start(place, daemon)
     }
