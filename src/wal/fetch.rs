@@ -329,6 +329,7 @@ impl Shared {
             check_segment(&segment, &head, content.size, cluster.system_identifier, cluster.wal_segment_size)
                 .map_err(|mismatch| damaged(&name.to_string(), &mismatch.to_string()))?;
         }
+        spooled.write_back();
         Ok(Some(spooled))
     }
 
