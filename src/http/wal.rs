@@ -36,6 +36,8 @@ use crate::{
 /// How long a client may send nothing of a body that is waited for: it occupies one of the archiver's few places.
 const BODY_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a client may go on sending a body that was refused.
+const REFUSED_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a client may take none of a file that it has asked for.
 const TAKING_PATIENCE: Duration = Duration::from_secs(60);
 const OCTETS: &str = "application/octet-stream";
@@ -133,7 +135,13 @@ async fn archive_body(app: &Arc<App>, name: ArchiveFileName, request: Request<In
                     .hint("Nothing was stored; the file has to be sent again.")),
             };
             let broken = chunk.is_err();
-            if sender.send(chunk).await.is_err() || broken {
+            if sender.send(chunk).await.is_err() {
+                // It was refused. Who is cut off while sending may never see the answer.
+                let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+                let _ = tokio::time::timeout(REFUSED_PATIENCE, rest).await;
+                return;
+            }
+            if broken {
                 return;
             }
         }
