@@ -212,7 +212,7 @@ impl Archiver {
         // What nobody has asked for PostgreSQL may recycle meanwhile, and write to.
         let check = Check { name, control: origin.control, stamp: Some(stamp) };
         let stored = self.archive(origin, check, Source::File(file, stamp.size)).await?;
-        // What was written to meanwhile is stored as it was; only its identity isn't known any more.
+        // Another file may lie there by now: PostgreSQL recycles them.
         let unchanged = fs::symlink_metadata(&path).is_ok_and(|meta| FileStamp::of(&meta) == stamp);
         if unchanged && let Ok(mut archived) = self.archived.lock() {
             archived.insert(name, (path, stamp));
@@ -418,10 +418,9 @@ async fn store_partial(repository: &Repository, check: &Check, segment: SegmentN
     let check = *check;
     let hashed = move || {
         let size = file.metadata().map_err(|error| Failure::io(format!("reading {}", check.name), &error))?.len();
-        let again = file.try_clone().map_err(|error| Failure::io(format!("reading {}", check.name), &error))?;
+        let mut again = file.try_clone().map_err(|error| Failure::io(format!("reading {}", check.name), &error))?;
         let mut hashing = HashingWriter::new(io::sink());
         content(check, Source::File(file, size))(&mut hashing)?;
-        let mut again = again;
         again.rewind().map_err(|error| Failure::io(format!("reading {}", check.name), &error))?;
         Ok::<_, Failure>((again, size, hashing.finish().1))
     };

@@ -107,9 +107,9 @@ impl Watch {
                     tracing::info!(%segment, "shipped what the primary had not archived");
                     self.archived.insert(segment);
                 }
-                // PostgreSQL has removed it meanwhile, or the store is away.
+                // PostgreSQL has removed it meanwhile, or the store is away. The archiver has told, once.
                 Err(failure) => {
-                    tracing::warn!(%segment, hint = failure.hint, "what the primary had not archived could not be shipped: {failure}")
+                    tracing::debug!(%segment, %failure, "what the primary had not archived was not shipped")
                 }
             }
         }
