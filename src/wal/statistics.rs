@@ -173,6 +173,21 @@ impl Counters {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_file_that_is_refused_stays_told_while_others_get_through() {
+        let name = |number: u8| format!("{:024X}", (1_u128 << 64) + u128::from(number)).parse().unwrap();
+        let counters = Counters::default();
+        let refused = || counters.snapshot().last.last_failure.map(|failure| failure.file);
+        counters.note_failure(name(1), &Failure::new(Code::Conflict, "other content"));
+        counters.note_success(name(2));
+        assert_eq!(refused(), Some(name(1)));
+        counters.note_success(name(1));
+        assert_eq!(refused(), None);
+        counters.note_failure(name(1), &away("the store is away"));
+        counters.note_success(name(2));
+        assert_eq!(refused(), None);
+    }
+
     /// Seconds after some moment.
     fn at(seconds: i64) -> Timestamp {
         Timestamp::from_second(1_700_000_000 + seconds).unwrap()
