@@ -167,6 +167,34 @@ impl<W: Write> Write for HashingWriter<W> {
     }
 }
 
+/// A `Read` that computes SHA-256 and length of what is read through it.
+pub struct HashingReader<R> {
+    inner: R,
+    hasher: Sha256,
+    length: u64,
+}
+
+impl<R: Read> HashingReader<R> {
+    /// Hashes what is read from `inner`.
+    pub fn new(inner: R) -> HashingReader<R> {
+        HashingReader { inner, hasher: Sha256::new(), length: 0 }
+    }
+
+    /// The identity of what was read.
+    pub fn finish(self) -> ContentId {
+        ContentId { sha256: Sha256Digest::new(self.hasher.finalize().into()), size: self.length }
+    }
+}
+
+impl<R: Read> Read for HashingReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..n]);
+        self.length += n as u64;
+        Ok(n)
+    }
+}
+
 /// Copies all that there is, in pieces of [`CHUNK`] bytes; the standard library's are of 8 kB, each with a call of the
 /// kernel and a start of the hash.
 ///
@@ -178,6 +206,25 @@ pub fn copy(reader: &mut impl Read, writer: &mut impl Write) -> io::Result<()> {
         match fill(reader, &mut buffer)? {
             0 => return Ok(()),
             filled => writer.write_all(&buffer[..filled])?,
+        }
+    }
+}
+
+/// Decompresses all that there is. Answers with the identity of the compressed bytes, and how many plain ones there were.
+///
+/// # Errors
+/// The reader's, the writer's, or zstd's.
+pub fn decompress(reader: impl Read, writer: &mut impl Write) -> io::Result<(ContentId, u64)> {
+    let mut decoder = zstd::stream::read::Decoder::new(HashingReader::new(reader))?;
+    let mut buffer = vec![0; CHUNK];
+    let mut length = 0;
+    loop {
+        match fill(&mut decoder, &mut buffer)? {
+            0 => return Ok((decoder.finish().into_inner().finish(), length)),
+            filled => {
+                writer.write_all(&buffer[..filled])?;
+                length += filled as u64;
+            }
         }
     }
 }
@@ -244,7 +291,9 @@ where
     (receiver, handle)
 }
 
-/// Compresses what `produce` writes into memory, on this thread; with it, the identity of the plain bytes.
+/// Compresses what `produce` writes into memory, on this thread; with it, the identity of the compressed bytes.
+///
+/// The plain bytes aren't hashed: that would cost half as much again as compressing them.
 ///
 /// Each piece that is written becomes a frame of its own, one behind the other, as `zstd -d` reads them. That costs a
 /// percent of size where the pieces are of [`FRAME`] bytes, and saves what a stream costs: a copy of everything into the
@@ -257,15 +306,15 @@ where
     F: FnOnce(&mut dyn Write) -> Result<(), Failure>,
 {
     let failed = |error: io::Error| Failure::io("compressing", &error);
-    let mut plain = HashingWriter::new(FrameWriter::new(level).map_err(failed)?);
-    produce(&mut plain)?;
-    let (mut frames, plain) = plain.finish();
+    let mut frames = FrameWriter::new(level).map_err(failed)?;
+    produce(&mut frames)?;
     if frames.compressed.is_empty() {
         // Nothing is a frame, too: no bytes at all would look like a cut file.
         frames.add(&[]).map_err(failed)?;
     }
     COMPRESSOR.set(Some((level, frames.compressor)));
-    Ok((frames.compressed, plain))
+    let stored = ContentId::of(&frames.compressed);
+    Ok((frames.compressed, stored))
 }
 
 thread_local! {
@@ -350,9 +399,12 @@ mod tests {
                         .try_for_each(|piece| out.write_all(piece))
                         .map_err(|e| Failure::io("writing", &e))
                 };
-                let (stored, content) = compress_whole(1, produce).unwrap();
-                assert_eq!(content, ContentId::of(&plain));
-                assert!(zstd::decode_all(stored.as_slice()).unwrap() == plain, "{length} {piece}");
+                let (bytes, stored) = compress_whole(1, produce).unwrap();
+                assert_eq!(stored, ContentId::of(&bytes));
+                assert!(zstd::decode_all(bytes.as_slice()).unwrap() == plain, "{length} {piece}");
+                let mut back = Vec::new();
+                assert_eq!(decompress(bytes.as_slice(), &mut back).unwrap(), (stored, plain.len() as u64));
+                assert!(back == plain);
             }
         }
     }

@@ -9,7 +9,7 @@ use std::{io::Write, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use pgsidecar_core::{
-    ArchiveFileName, BackupId, BackupRecord, ClusterName, ContentId, Layout, ObjectKey, SystemIdentifier,
+    ArchiveFileName, BackupId, BackupRecord, ClusterName, ContentId, Layout, ObjectKey, Sha256Digest, SystemIdentifier,
     TimelineHistory, TimelineId, WalSegmentSize,
     backup::{BACKUP_FORMAT, StoredObject},
     layout::{BackupObject, RepositoryObject},
@@ -105,7 +105,7 @@ impl Repository {
 
     /// Sends chunks to an object as they come, and makes it visible once they have ended *and* `complete` has
     /// resolved. A channel that ends because its writer failed looks like one that is complete; `complete` is what
-    /// tells them apart. Up to `buffer` bytes are sent in one request that carries the plain content's identity.
+    /// tells them apart. Up to `buffer` bytes are sent in one request that carries their hash.
     ///
     /// # Errors
     /// The store's, or that of `complete`.
@@ -114,7 +114,7 @@ impl Repository {
         key: &ObjectKey,
         mut chunks: mpsc::Receiver<Bytes>,
         buffer: usize,
-        complete: impl Future<Output = Result<Option<ContentId>, Failure>>,
+        complete: impl Future<Output = Result<(), Failure>>,
     ) -> Result<Creation, Failure> {
         let mut buffered: Vec<u8> = Vec::new();
         let mut upload: Option<Box<dyn Upload>> = None;
@@ -133,8 +133,7 @@ impl Repository {
                         buffered.extend_from_slice(&chunk);
                     }
                     None => {
-                        // The identity isn't known yet: a conflict of such an object is settled by reading it.
-                        let upload = upload.insert(self.store.begin(key, None).await?);
+                        let upload = upload.insert(self.store.begin(key).await?);
                         if !buffered.is_empty() {
                             upload.write(Bytes::from(std::mem::take(&mut buffered))).await?;
                         }
@@ -149,8 +148,11 @@ impl Repository {
         drop(chunks);
         let completed = complete.await;
         match (fed, completed, upload) {
-            (Ok(()), Ok(_), Some(upload)) => Ok(upload.finish().await?),
-            (Ok(()), Ok(content), None) => Ok(self.store.create(key, Bytes::from(buffered), content.as_ref()).await?),
+            (Ok(()), Ok(()), Some(upload)) => Ok(upload.finish().await?),
+            (Ok(()), Ok(()), None) => {
+                let sha256 = Sha256Digest::of(&buffered);
+                Ok(self.store.create(key, Bytes::from(buffered), Some(sha256)).await?)
+            }
             (fed, completed, upload) => {
                 if let Some(upload) = upload {
                     upload.abort().await;
@@ -179,18 +181,18 @@ impl Repository {
         let (chunks, done) = stream;
         let mut compressed = None;
         let complete = async {
-            let made = done.await??;
-            compressed = Some(made);
-            Ok(Some(made.plain))
+            compressed = Some(done.await??);
+            Ok(())
         };
         let creation = self.upload(key, chunks, SINGLE_REQUEST_BYTES, complete).await?;
         let compressed = compressed.ok_or_else(|| Failure::internal("an upload without content"))?;
-        let stored = self.settle(key, name, creation, &compressed.plain).await?;
+        let plain = async { Ok(compressed.plain) };
+        let stored = self.settle(key, name, creation, compressed.stored.sha256, plain).await?;
         Ok((stored, compressed))
     }
 
-    /// Stores compressed bytes with the identity of the plain ones under a key, unless other content is there.
-    /// `name` is for messages.
+    /// Stores bytes that [`codec::compress_whole`] has made, whose hash is `sha256`, under a key, unless other content is
+    /// there. `name` is for messages.
     ///
     /// # Errors
     /// The store's, or [`Code::Conflict`].
@@ -202,31 +204,47 @@ impl Repository {
         key: &ObjectKey,
         name: &str,
         bytes: Vec<u8>,
-        plain: &ContentId,
+        sha256: Sha256Digest,
     ) -> Result<Stored, Failure> {
-        let creation = self.store.create(key, Bytes::from(bytes), Some(plain)).await?;
-        self.settle(key, name, creation, plain).await
+        let bytes = Bytes::from(bytes);
+        let creation = self.store.create(key, bytes.clone(), Some(sha256)).await?;
+        let plain = async {
+            let hash = move || {
+                let mut hashing = codec::HashingWriter::new(std::io::sink());
+                codec::decompress(&*bytes, &mut hashing).map_err(|error| Failure::io("decompressing", &error))?;
+                Ok(hashing.finish().1)
+            };
+            tokio::task::spawn_blocking(hash).await?
+        };
+        self.settle(key, name, creation, sha256, plain).await
     }
 
-    /// Tells a repeated creation from a conflict.
+    /// Tells a repeated creation from a conflict. Equal bytes are equal content; different bytes may be the same content
+    /// all the same, compressed by another zstd, so that then both contents are looked into.
     async fn settle(
         &self,
         key: &ObjectKey,
         name: &str,
         creation: Creation,
-        ours: &ContentId,
+        sha256: Sha256Digest,
+        plain: impl Future<Output = Result<ContentId, Failure>>,
     ) -> Result<Stored, Failure> {
         if creation == Creation::Created {
             return Ok(Stored::New);
         }
-        let theirs = self.content_of(key).await?.ok_or_else(|| {
+        let gone = || {
             Failure::new(
                 Code::StoreUnavailable,
                 format!("{name} was there when it was to be stored, and gone when it was looked at"),
             )
             .hint("Nothing was stored. Find out what deletes objects in the repository.")
-        })?;
-        if theirs == *ours {
+        };
+        if self.store.head(key).await?.ok_or_else(gone)?.sha256 == Some(sha256) {
+            return Ok(Stored::Already);
+        }
+        let theirs = self.read_plain(key, codec::HashingWriter::new(std::io::sink())).await?.ok_or_else(gone)?;
+        let (theirs, ours) = (theirs.0.finish().1, plain.await?);
+        if theirs == ours {
             return Ok(Stored::Already);
         }
         Err(Failure::new(
@@ -243,17 +261,6 @@ impl Repository {
             "Nothing was overwritten. Two servers archive under one name: a copy of the database runs elsewhere, or this \
              one went back in time without a new timeline. Give the copy another cluster name (PGSIDECAR_CLUSTER).",
         ))
-    }
-
-    /// The identity of the plain content under a key: from its metadata, or, where it has none, by reading it.
-    async fn content_of(&self, key: &ObjectKey) -> Result<Option<ContentId>, Failure> {
-        match self.store.head(key).await? {
-            None => Ok(None),
-            Some(info) => match info.content {
-                Some(content) => Ok(Some(content)),
-                None => self.read_plain(key, std::io::sink()).await.map(|read| read.map(|(_, content)| content)),
-            },
-        }
     }
 
     /// Checks that an object's bytes, as they are stored, are these. Reads all of it.
@@ -277,11 +284,11 @@ impl Repository {
     }
 
     /// Reads a compressed object into `writer`, on a thread of the blocking pool, checking zstd's checksums and
-    /// the identity in its metadata. `None` only if the store says that it isn't there.
+    /// the hash in its metadata. With the writer, how many bytes it got. `None` only if the store says that it isn't there.
     ///
     /// # Errors
     /// The store's; [`Code::Damaged`] if what came isn't what was stored; the writer's.
-    pub async fn read_plain<W>(&self, key: &ObjectKey, writer: W) -> Result<Option<(W, ContentId)>, Failure>
+    pub async fn read_plain<W>(&self, key: &ObjectKey, mut writer: W) -> Result<Option<(W, u64)>, Failure>
     where
         W: Write + Send + 'static,
     {
@@ -295,33 +302,26 @@ impl Repository {
                 _ if error.raw_os_error().is_some() => Failure::io("writing", &error),
                 _ => damaged(&name, &error.to_string()),
             };
-            let mut decoder = zstd::stream::read::Decoder::new(reader).map_err(failed)?;
-            let mut hashing = codec::HashingWriter::new(writer);
-            codec::copy(&mut decoder, &mut hashing).map_err(failed)?;
-            let (writer, content) = hashing.finish();
+            let (stored, length) = codec::decompress(reader, &mut writer).map_err(failed)?;
             match expected {
-                Some(expected) if expected != content => Err(damaged(
+                Some(expected) if expected != stored.sha256 => Err(damaged(
                     &name,
-                    &format!(
-                        "its content has SHA-256 {}, stored was {}",
-                        content.sha256.short(),
-                        expected.sha256.short()
-                    ),
+                    &format!("its bytes have SHA-256 {}, stored was {}", stored.sha256.short(), expected.short()),
                 )),
-                _ => Ok((writer, content)),
+                _ => Ok((writer, length)),
             }
         };
         tokio::task::spawn_blocking(decode).await?.map(Some)
     }
 
     /// An object's bytes as they are stored, for a blocking reader; taken up again where a connection broke.
-    /// With them, the identity of the plain content as the metadata tell it.
+    /// With them, their hash as the metadata tell it.
     ///
     /// # Errors
     /// The store's, if it can't even be begun; later ones come through the reader.
-    pub async fn open_stream(&self, key: &ObjectKey) -> Result<Option<(Option<ContentId>, ChannelReader)>, Failure> {
+    pub async fn open_stream(&self, key: &ObjectKey) -> Result<Option<(Option<Sha256Digest>, ChannelReader)>, Failure> {
         let Some(mut download) = self.store.get(key, ByteRange::All).await? else { return Ok(None) };
-        let content = download.info.content;
+        let sha256 = download.info.sha256;
         let (sender, reader) = ChannelReader::new();
         let (store, key) = (self.store.clone(), key.clone());
         tokio::spawn(async move {
@@ -361,7 +361,7 @@ impl Repository {
                 }
             }
         });
-        Ok(Some((content, reader)))
+        Ok(Some((sha256, reader)))
     }
 
     /// Stores a small record as JSON.
@@ -372,8 +372,7 @@ impl Repository {
         let key = self.layout.key(object);
         let mut json = serde_json::to_vec_pretty(record).map_err(Failure::internal)?;
         json.push(b'\n');
-        let content = ContentId::of(&json);
-        let creation = self.store.create(&key, Bytes::from(json.clone()), Some(&content)).await?;
+        let creation = self.store.create(&key, Bytes::from(json.clone()), Some(Sha256Digest::of(&json))).await?;
         if creation == Creation::Created {
             return Ok(Stored::New);
         }
@@ -530,4 +529,42 @@ impl Repository {
 pub fn damaged(name: &str, how: &str) -> Failure {
     Failure::new(Code::Damaged, format!("{name} in the repository is damaged: {how}"))
         .hint("Nothing was changed. Restore another backup, or get this object back from a replica or an older version of the bucket.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{MemoryStore, fault::Operation};
+
+    fn repository(store: &MemoryStore) -> Repository {
+        let cluster: ClusterName = "test/pg".parse().unwrap();
+        let layout = Layout::new(cluster, "7710543486334591142".parse().unwrap());
+        Repository::new(Arc::new(store.clone()), layout, 1)
+    }
+
+    async fn store(repository: &Repository, level: i32, plain: &[u8]) -> Result<Stored, Failure> {
+        let key = repository.layout().wal(&"00000002.history".parse().unwrap());
+        let produce = |out: &mut dyn Write| out.write_all(plain).map_err(|error| Failure::io("writing", &error));
+        let (bytes, stored) = codec::compress_whole(level, produce)?;
+        repository.store_compressed(&key, "the file", bytes, stored.sha256).await
+    }
+
+    #[tokio::test]
+    async fn what_is_there_already_is_told_by_its_bytes_and_where_they_differ_by_its_content() {
+        let memory = MemoryStore::new();
+        let repository = repository(&memory);
+        let plain: Vec<u8> = (0..200_000u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
+        assert_eq!(store(&repository, 1, &plain).await.unwrap(), Stored::New);
+        assert_eq!(store(&repository, 1, &plain).await.unwrap(), Stored::Already);
+        assert_eq!(memory.requests(Operation::Get), 0);
+        // As another version of zstd would have made it.
+        assert_eq!(store(&repository, 19, &plain).await.unwrap(), Stored::Already);
+        assert_eq!(memory.requests(Operation::Get), 1);
+        let other = [&plain[..], b"."].concat();
+        let failure = store(&repository, 1, &other).await.unwrap_err();
+        assert_eq!(failure.code, Code::Conflict);
+        for content in [&plain, &other] {
+            assert!(failure.message.contains(&Sha256Digest::of(content).short()), "{failure}");
+        }
+    }
 }

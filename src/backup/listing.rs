@@ -46,7 +46,7 @@ impl Uploading {
             let (repository, key) = uploading;
             let complete = async {
                 let given_up = |_| Failure::new(Code::Internal, format!("{key} was given up"));
-                completed.await.map(|()| None).map_err(given_up)
+                completed.await.map_err(given_up)
             };
             repository.upload(&key, chunks, 0, complete).await
         });

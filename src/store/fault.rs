@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use pgsidecar_core::{ContentId, ObjectKey};
+use pgsidecar_core::{ObjectKey, Sha256Digest};
 
 use super::{
     Body, ByteRange, ConditionalCreation, Creation, Download, ListPage, ListRequest, ObjectInfo, PendingUpload, Store,
@@ -244,13 +244,18 @@ impl<S: Store> Store for FaultStore<S> {
         format!("{} with injected faults", self.store.description())
     }
 
-    async fn create(&self, key: &ObjectKey, bytes: Bytes, content: Option<&ContentId>) -> Result<Creation, StoreError> {
-        let call = self.store.create(key, bytes, content);
+    async fn create(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        sha256: Option<Sha256Digest>,
+    ) -> Result<Creation, StoreError> {
+        let call = self.store.create(key, bytes, sha256);
         Ok(self.plan.around(Operation::Create, key.as_str(), call).await?.0)
     }
 
-    async fn begin(&self, key: &ObjectKey, content: Option<&ContentId>) -> Result<Box<dyn Upload>, StoreError> {
-        let call = self.store.begin(key, content);
+    async fn begin(&self, key: &ObjectKey) -> Result<Box<dyn Upload>, StoreError> {
+        let call = self.store.begin(key);
         let (upload, _) = self.plan.around(Operation::Begin, key.as_str(), call).await?;
         Ok(Box::new(FaultUpload { upload, key: key.clone(), plan: self.plan.clone(), failed: false }))
     }

@@ -2,8 +2,8 @@
 //!
 //! A file is written under a temporary name beside its place, fsynced, and then given its name without replacing
 //! another; its directory, and whatever directories are above it in the repository, are fsynced before the creation is
-//! acknowledged. The content's identity is kept in extended attributes (`user.pgsidecar-sha256`,
-//! `user.pgsidecar-size`), set before the file gets its name; a file system without them loses only that.
+//! acknowledged. The bytes' hash is kept in an extended attribute (`user.pgsidecar-sha256`), set before the file gets its
+//! name; a file system without them loses only that.
 //!
 //! All work is done on tokio's blocking threads. A missing root is an empty repository; it's made by the first write.
 
@@ -17,7 +17,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use pgsidecar_core::{ContentId, ObjectKey, Sha256Digest};
+use pgsidecar_core::{ObjectKey, Sha256Digest};
 use tempfile::NamedTempFile;
 
 use super::{
@@ -30,7 +30,6 @@ use super::{
 /// How temporary files are named. No object's name begins like this.
 pub(super) const TEMPORARY: &str = ".tmp-";
 const ATTRIBUTE_SHA256: &str = "user.pgsidecar-sha256";
-const ATTRIBUTE_SIZE: &str = "user.pgsidecar-size";
 /// How many directories are remembered as durable; then the memory starts afresh.
 const REMEMBERED_DIRECTORIES: usize = 1000;
 
@@ -50,6 +49,17 @@ impl LocalStore {
     /// The repository in this directory, which need not exist yet. Touches nothing.
     pub fn new(root: impl Into<PathBuf>) -> LocalStore {
         LocalStore { root: Arc::new(Root { path: root.into(), durable: Mutex::default() }) }
+    }
+
+    async fn temporary(&self, key: &ObjectKey, sha256: Option<Sha256Digest>) -> Result<LocalUpload, StoreError> {
+        check_name(key)?;
+        let at = key.clone();
+        let file = self.blocking("create", key.as_str(), move |root| {
+            let file = root.temporary(&at)?;
+            sha256.map_or(Ok(()), |sha256| mark(file.as_file(), sha256))?;
+            Ok(file)
+        });
+        Ok(LocalUpload::new(self.clone(), key.clone(), file.await?))
     }
 
     pub(super) async fn blocking<T: Send + 'static>(
@@ -183,16 +193,13 @@ pub(super) fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
-fn mark(file: &File, content: &ContentId) -> io::Result<()> {
-    let set = |name: &str, value: String| {
-        match rustix::fs::fsetxattr(file, name, value.as_bytes(), rustix::fs::XattrFlags::empty()) {
-            // Not every file system has them. The content's identity is a help for the caller, not the content.
-            Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::PERM) => Ok(()),
-            result => result.map_err(io::Error::from),
-        }
-    };
-    set(ATTRIBUTE_SHA256, content.sha256.to_string())?;
-    set(ATTRIBUTE_SIZE, content.size.to_string())
+fn mark(file: &File, sha256: Sha256Digest) -> io::Result<()> {
+    let value = sha256.to_string();
+    match rustix::fs::fsetxattr(file, ATTRIBUTE_SHA256, value.as_bytes(), rustix::fs::XattrFlags::empty()) {
+        // Not every file system has them. The hash is a help for the caller, not the content.
+        Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::PERM) => Ok(()),
+        result => result.map_err(io::Error::from),
+    }
 }
 
 fn info(file: &File) -> io::Result<Option<ObjectInfo>> {
@@ -205,11 +212,8 @@ fn info(file: &File) -> io::Result<Option<ObjectInfo>> {
         let length = rustix::fs::fgetxattr(file, name, &mut value[..]).ok()?;
         String::from_utf8(value.get(..length)?.to_vec()).ok()
     };
-    let content = attribute(ATTRIBUTE_SHA256)
-        .and_then(|digest| Sha256Digest::parse(&digest))
-        .zip(attribute(ATTRIBUTE_SIZE).and_then(|size| size.parse().ok()))
-        .map(|(sha256, size)| ContentId { sha256, size });
-    Ok(Some(ObjectInfo { size: metadata.len(), content, modified: modified(&metadata)? }))
+    let sha256 = attribute(ATTRIBUTE_SHA256).and_then(|digest| Sha256Digest::parse(&digest));
+    Ok(Some(ObjectInfo { size: metadata.len(), sha256, modified: modified(&metadata)? }))
 }
 
 pub(super) fn modified(metadata: &fs::Metadata) -> io::Result<jiff::Timestamp> {
@@ -240,21 +244,19 @@ impl Store for LocalStore {
         format!("file://{}", self.root.path.display())
     }
 
-    async fn create(&self, key: &ObjectKey, bytes: Bytes, content: Option<&ContentId>) -> Result<Creation, StoreError> {
-        let mut upload = self.begin(key, content).await?;
+    async fn create(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        sha256: Option<Sha256Digest>,
+    ) -> Result<Creation, StoreError> {
+        let mut upload = self.temporary(key, sha256).await?;
         upload.write(bytes).await?;
-        upload.finish().await
+        Box::new(upload).finish().await
     }
 
-    async fn begin(&self, key: &ObjectKey, content: Option<&ContentId>) -> Result<Box<dyn Upload>, StoreError> {
-        check_name(key)?;
-        let (at, content) = (key.clone(), content.copied());
-        let file = self.blocking("create", key.as_str(), move |root| {
-            let file = root.temporary(&at)?;
-            content.map_or(Ok(()), |content| mark(file.as_file(), &content))?;
-            Ok(file)
-        });
-        Ok(Box::new(LocalUpload::new(self.clone(), key.clone(), file.await?)))
+    async fn begin(&self, key: &ObjectKey) -> Result<Box<dyn Upload>, StoreError> {
+        Ok(Box::new(self.temporary(key, None).await?))
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectInfo>, StoreError> {

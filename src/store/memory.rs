@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use pgsidecar_core::{ContentId, ObjectKey};
+use pgsidecar_core::{ObjectKey, Sha256Digest};
 
 use super::{
     Body, ByteRange, ConditionalCreation, Creation, Download, ListCursor, ListPage, ListRequest, ListedObject,
@@ -51,7 +51,7 @@ impl MemoryStore {
     /// Puts objects there that have this size and no bytes, all taken at this time. They can be listed and looked at; to
     /// read one is an error. Not counted as requests.
     pub fn fill(&self, keys: impl IntoIterator<Item = ObjectKey>, size: u64, modified: jiff::Timestamp) {
-        let info = ObjectInfo { size, content: None, modified };
+        let info = ObjectInfo { size, sha256: None, modified };
         let object = Arc::new(Object { info, bytes: None });
         let mut state = self.lock();
         state.objects.extend(keys.into_iter().map(|key| (key.to_string(), object.clone())));
@@ -79,11 +79,11 @@ impl MemoryStore {
 }
 
 impl State {
-    fn publish(&mut self, key: &ObjectKey, bytes: Bytes, content: Option<ContentId>) -> Creation {
+    fn publish(&mut self, key: &ObjectKey, bytes: Bytes, sha256: Option<Sha256Digest>) -> Creation {
         if self.objects.contains_key(key.as_str()) {
             return Creation::Exists;
         }
-        let info = ObjectInfo { size: bytes.len() as u64, content, modified: jiff::Timestamp::now() };
+        let info = ObjectInfo { size: bytes.len() as u64, sha256, modified: jiff::Timestamp::now() };
         self.objects.insert(key.to_string(), Arc::new(Object { info, bytes: Some(bytes) }));
         Creation::Created
     }
@@ -133,18 +133,23 @@ impl Store for MemoryStore {
         "memory".to_owned()
     }
 
-    async fn create(&self, key: &ObjectKey, bytes: Bytes, content: Option<&ContentId>) -> Result<Creation, StoreError> {
-        Ok(self.request(Operation::Create).publish(key, bytes, content.copied()))
+    async fn create(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        sha256: Option<Sha256Digest>,
+    ) -> Result<Creation, StoreError> {
+        Ok(self.request(Operation::Create).publish(key, bytes, sha256))
     }
 
-    async fn begin(&self, key: &ObjectKey, content: Option<&ContentId>) -> Result<Box<dyn Upload>, StoreError> {
+    async fn begin(&self, key: &ObjectKey) -> Result<Box<dyn Upload>, StoreError> {
         let mut state = self.request(Operation::Begin);
         state.uploads_begun += 1;
         let id = state.uploads_begun;
         let pending = PendingUpload { key: key.to_string(), started: jiff::Timestamp::now(), id: id.to_string() };
         state.pending.insert(id, pending);
         let (store, key) = (self.clone(), key.clone());
-        Ok(Box::new(MemoryUpload { store, id, key, content: content.copied(), bytes: BytesMut::new() }))
+        Ok(Box::new(MemoryUpload { store, id, key, bytes: BytesMut::new() }))
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectInfo>, StoreError> {
@@ -197,7 +202,6 @@ struct MemoryUpload {
     store: MemoryStore,
     id: u64,
     key: ObjectKey,
-    content: Option<ContentId>,
     bytes: BytesMut,
 }
 
@@ -216,7 +220,7 @@ impl Upload for MemoryUpload {
             let detail = "the upload has been removed meanwhile";
             return Err(StoreError::new(StoreErrorKind::Unexpected, "create", self.key.as_str(), detail));
         }
-        Ok(state.publish(&self.key, bytes, self.content))
+        Ok(state.publish(&self.key, bytes, None))
     }
 
     async fn abort(self: Box<Self>) {}

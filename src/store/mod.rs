@@ -15,7 +15,7 @@
 //!
 //! A failed creation is *ambiguous*: the store may have taken the object although its answer was lost. Trying again is
 //! always right; it then meets its own first try as `Exists`, and the caller tells a retry from a conflict by comparing
-//! the [`ContentId`]. Cancelling a call (dropping its future) is as ambiguous as its failure.
+//! their bytes. Cancelling a call (dropping its future) is as ambiguous as its failure.
 //!
 //! Not here: what the objects mean, their names (the core's layout builds and parses them), and retries beyond a few
 //! seconds, which belong to whoever knows the deadline.
@@ -36,7 +36,7 @@ mod s3_upload;
 use std::fmt;
 
 use bytes::Bytes;
-use pgsidecar_core::{ContentId, ObjectKey};
+use pgsidecar_core::{ObjectKey, Sha256Digest};
 
 pub use error::{StoreError, StoreErrorKind};
 pub use local::LocalStore;
@@ -54,13 +54,15 @@ pub trait Store: fmt::Debug + Send + Sync {
     /// Where it is, for people: `s3://bucket/prefix at https://endpoint`, `file:///path`. Without secrets.
     fn description(&self) -> String;
 
-    /// Creates an object whole or not at all; never replaces one. `content` is kept beside it as metadata.
+    /// Creates an object whole or not at all; never replaces one. `sha256`, that of these bytes, is kept beside it as
+    /// metadata.
     ///
     /// `Exists` means that something is there under this key, perhaps this call's own first try.
-    async fn create(&self, key: &ObjectKey, bytes: Bytes, content: Option<&ContentId>) -> Result<Creation, StoreError>;
+    async fn create(&self, key: &ObjectKey, bytes: Bytes, sha256: Option<Sha256Digest>)
+    -> Result<Creation, StoreError>;
 
     /// Begins an object whose size isn't known yet. Nothing is visible before [`Upload::finish`].
-    async fn begin(&self, key: &ObjectKey, content: Option<&ContentId>) -> Result<Box<dyn Upload>, StoreError>;
+    async fn begin(&self, key: &ObjectKey) -> Result<Box<dyn Upload>, StoreError>;
 
     /// An object's size and metadata, without its bytes.
     ///
@@ -120,9 +122,9 @@ pub enum Creation {
 pub struct ObjectInfo {
     /// Size in bytes, as stored.
     pub size: u64,
-    /// What it was created with. `None` for objects that came there another way, and for local directories on file
-    /// systems without extended attributes.
-    pub content: Option<ContentId>,
+    /// SHA-256 of its bytes, if it was created with that. `None` for objects whose size wasn't known when they were begun
+    /// or that came there another way, and for local directories on file systems without extended attributes.
+    pub sha256: Option<Sha256Digest>,
     /// When the store took it, by the store's clock.
     pub modified: jiff::Timestamp,
 }

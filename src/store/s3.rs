@@ -13,7 +13,7 @@ use aws_sdk_s3::{
     primitives::{ByteStream, DateTime},
 };
 use bytes::Bytes;
-use pgsidecar_core::{ContentId, ObjectKey, Sha256Digest};
+use pgsidecar_core::{ObjectKey, Sha256Digest};
 use tokio::sync::OnceCell;
 
 use super::{
@@ -25,7 +25,6 @@ use super::{
 };
 
 const METADATA_SHA256: &str = "pgsidecar-sha256";
-const METADATA_SIZE: &str = "pgsidecar-size";
 const PROBE_BYTES: &[u8] = b"pgsidecar tries here whether this store refuses to replace an object.\n";
 /// How often a creation is repeated that met another one (409). The pauses double: 1.5 s in all.
 const CONFLICT_ATTEMPTS: u32 = 5;
@@ -109,14 +108,14 @@ impl S3Store {
         &self,
         key: &ObjectKey,
         bytes: Bytes,
-        content: Option<&ContentId>,
+        sha256: Option<Sha256Digest>,
     ) -> Result<Creation, StoreError> {
         let conditional = match self.conditional_creation().await? {
             ConditionalCreation::Honoured => true,
             ConditionalCreation::LookFirst { .. } if self.exists(key).await? => return Ok(Creation::Exists),
             ConditionalCreation::LookFirst { .. } => false,
         };
-        match self.put_once(key.as_str(), bytes, content, conditional).await {
+        match self.put_once(key.as_str(), bytes, sha256, conditional).await {
             Ok(Put::Created) => Ok(Creation::Created),
             Ok(Put::Exists) => Ok(Creation::Exists),
             Err(PutFailure::NotImplemented(error) | PutFailure::Failed(error)) => Err(error),
@@ -127,7 +126,7 @@ impl S3Store {
         &self,
         key: &str,
         bytes: Bytes,
-        content: Option<&ContentId>,
+        sha256: Option<Sha256Digest>,
         conditional: bool,
     ) -> Result<Put, PutFailure> {
         let mut pause = CONFLICT_PAUSE;
@@ -137,7 +136,7 @@ impl S3Store {
                 .put_object()
                 .bucket(self.bucket())
                 .key(self.full(key))
-                .set_metadata(content.map(metadata))
+                .set_metadata(sha256.map(metadata))
                 .set_if_none_match(conditional.then(|| "*".to_owned()))
                 .body(ByteStream::from(bytes.clone()));
             let error = match request.customize().config_override(self.for_body(bytes.len())).send().await {
@@ -195,10 +194,8 @@ pub(super) fn no_s3(operation: &'static str, object: &str) -> StoreError {
         .with_hint("Check that the endpoint is an S3 server's: this looks like the answer of a proxy or a web server.")
 }
 
-pub(super) fn metadata(content: &ContentId) -> std::collections::HashMap<String, String> {
-    [(METADATA_SHA256, content.sha256.to_string()), (METADATA_SIZE, content.size.to_string())]
-        .map(|(name, value)| (name.to_owned(), value))
-        .into()
+fn metadata(sha256: Sha256Digest) -> std::collections::HashMap<String, String> {
+    [(METADATA_SHA256.to_owned(), sha256.to_string())].into()
 }
 
 pub(super) fn object_info(
@@ -206,12 +203,8 @@ pub(super) fn object_info(
     modified: &DateTime,
     metadata: Option<&std::collections::HashMap<String, String>>,
 ) -> Option<ObjectInfo> {
-    let value = |name: &str| metadata?.get(name);
-    let content = value(METADATA_SHA256)
-        .and_then(|digest| Sha256Digest::parse(digest))
-        .zip(value(METADATA_SIZE).and_then(|size| size.parse().ok()))
-        .map(|(sha256, size)| ContentId { sha256, size });
-    Some(ObjectInfo { size, content, modified: timestamp(modified)? })
+    let sha256 = metadata.and_then(|metadata| Sha256Digest::parse(metadata.get(METADATA_SHA256)?));
+    Some(ObjectInfo { size, sha256, modified: timestamp(modified)? })
 }
 
 pub(super) fn timestamp(time: &DateTime) -> Option<jiff::Timestamp> {
@@ -239,8 +232,13 @@ impl Store for S3Store {
         }
     }
 
-    async fn create(&self, key: &ObjectKey, bytes: Bytes, content: Option<&ContentId>) -> Result<Creation, StoreError> {
-        match self.put(key, bytes, content).await {
+    async fn create(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        sha256: Option<Sha256Digest>,
+    ) -> Result<Creation, StoreError> {
+        match self.put(key, bytes, sha256).await {
             // The store may have taken it and the answer was lost; or it has refused before it had read all of it, and a
             // proxy made an error of its own of that. Only a look tells.
             Err(error) if error.is_transient() => match self.head(key).await {
@@ -251,8 +249,8 @@ impl Store for S3Store {
         }
     }
 
-    async fn begin(&self, key: &ObjectKey, content: Option<&ContentId>) -> Result<Box<dyn Upload>, StoreError> {
-        Ok(Box::new(S3Upload::new(self.clone(), key.clone(), content.copied())))
+    async fn begin(&self, key: &ObjectKey) -> Result<Box<dyn Upload>, StoreError> {
+        Ok(Box::new(S3Upload::new(self.clone(), key.clone())))
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectInfo>, StoreError> {

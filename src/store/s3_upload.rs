@@ -10,12 +10,12 @@ use aws_sdk_s3::{
     types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart},
 };
 use bytes::{Bytes, BytesMut};
-use pgsidecar_core::{ContentId, ObjectKey};
+use pgsidecar_core::ObjectKey;
 use tokio::task::JoinSet;
 
 use super::{
     ConditionalCreation, Creation, PendingUpload, Store, StoreError, StoreErrorKind, Upload,
-    s3::{S3Store, metadata, no_s3, timestamp},
+    s3::{S3Store, no_s3, timestamp},
     s3_error::{answer, store_error},
 };
 
@@ -36,7 +36,6 @@ pub fn part_size(n: usize) -> usize {
 pub(super) struct S3Upload {
     store: S3Store,
     key: ObjectKey,
-    content: Option<ContentId>,
     /// The part that is filling.
     buffer: BytesMut,
     /// Begun when the first part was full.
@@ -58,8 +57,8 @@ struct Multipart {
 }
 
 impl S3Upload {
-    pub(super) fn new(store: S3Store, key: ObjectKey, content: Option<ContentId>) -> S3Upload {
-        S3Upload { store, key, content, buffer: BytesMut::new(), multipart: None, failed: false }
+    pub(super) fn new(store: S3Store, key: ObjectKey) -> S3Upload {
+        S3Upload { store, key, buffer: BytesMut::new(), multipart: None, failed: false }
     }
 
     fn part_size(&self) -> usize {
@@ -71,7 +70,7 @@ impl S3Upload {
     async fn send_part(&mut self) -> Result<(), StoreError> {
         let multipart = match &mut self.multipart {
             Some(multipart) => multipart,
-            None => self.multipart.insert(Multipart::begin(&self.store, &self.key, self.content.as_ref()).await?),
+            None => self.multipart.insert(Multipart::begin(&self.store, &self.key).await?),
         };
         // One under way, one that fills. A second one under way would be 8 MiB more for each of a backup's threads, which
         // upload at the same time anyway.
@@ -121,7 +120,7 @@ impl Upload for S3Upload {
         }
         if self.multipart.is_none() {
             let whole = std::mem::take(&mut self.buffer).freeze();
-            return self.store.put(&self.key, whole, self.content.as_ref()).await;
+            return self.store.put(&self.key, whole, None).await;
         }
         if !self.buffer.is_empty() {
             self.send_part().await?;
@@ -145,7 +144,7 @@ fn unusable(key: &ObjectKey) -> StoreError {
 }
 
 impl Multipart {
-    async fn begin(store: &S3Store, key: &ObjectKey, content: Option<&ContentId>) -> Result<Multipart, StoreError> {
+    async fn begin(store: &S3Store, key: &ObjectKey) -> Result<Multipart, StoreError> {
         // The SDK gives each part a checksum by itself, but doesn't announce it here, as S3 wants it.
         let calculation = store.client().config().request_checksum_calculation();
         let is_checked = calculation != Some(&RequestChecksumCalculation::WhenRequired);
@@ -154,8 +153,7 @@ impl Multipart {
             .create_multipart_upload()
             .bucket(store.bucket())
             .key(store.full(key.as_str()))
-            .set_checksum_algorithm(is_checked.then_some(ChecksumAlgorithm::Crc32))
-            .set_metadata(content.map(metadata));
+            .set_checksum_algorithm(is_checked.then_some(ChecksumAlgorithm::Crc32));
         let begun = request.send().await.map_err(|error| store_error("create", key.as_str(), error))?;
         let id = begun.upload_id().ok_or_else(|| no_s3("create", key.as_str()))?.to_owned();
         let (store, key, is_checked) = (store.clone(), key.clone(), begun.checksum_algorithm().is_some());

@@ -406,11 +406,11 @@ async fn store_whole(
     if check.largest() > SINGLE_REQUEST_BYTES as u64 {
         return repository.store_stream(&key, &name, codec::compress(level, content)).await.map(|(stored, _)| stored);
     }
-    let (bytes, plain) = tokio::task::spawn_blocking(move || codec::compress_whole(level, content)).await??;
+    let (bytes, stored) = tokio::task::spawn_blocking(move || codec::compress_whole(level, content)).await??;
     drop(turn);
     let unneeded = memory.num_permits().saturating_sub(mebibytes(bytes.len() as u64) as usize);
     drop(memory.split(unneeded));
-    repository.store_compressed(&key, &name, bytes, &plain).await
+    repository.store_compressed(&key, &name, bytes, stored.sha256).await
 }
 
 /// Stores what isn't the whole segment, or can't be told from another of its name, under a key with its hash.

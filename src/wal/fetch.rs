@@ -314,10 +314,10 @@ impl Shared {
         let spooled = self.spool.create(request.pgdata.as_ref())?;
         let again = |error: std::io::Error| Failure::io("using the spool", &error);
         let writer = spooled.file.try_clone().map_err(again)?;
-        let Some((_, content)) = request.repository.read_plain(key, writer).await? else { return Ok(None) };
+        let Some((_, length)) = request.repository.read_plain(key, writer).await? else { return Ok(None) };
         let name = request.name;
         // No such file is ever empty, and PostgreSQL would take an empty history for a timeline without parents.
-        if content.size == 0 {
+        if length == 0 {
             return Err(damaged(&name.to_string(), "it is empty"));
         }
         if let ArchiveFileName::Segment(segment) = name {
@@ -326,7 +326,7 @@ impl Shared {
             file.seek(SeekFrom::Start(0))
                 .and_then(|_| file.read_exact(&mut head))
                 .map_err(|error| damaged(&name.to_string(), &error.to_string()))?;
-            check_segment(&segment, &head, content.size, cluster.system_identifier, cluster.wal_segment_size)
+            check_segment(&segment, &head, length, cluster.system_identifier, cluster.wal_segment_size)
                 .map_err(|mismatch| damaged(&name.to_string(), &mismatch.to_string()))?;
         }
         spooled.write_back();

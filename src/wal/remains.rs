@@ -74,7 +74,7 @@ mod tests {
         ];
         let mut under_way = Vec::new();
         for key in keys {
-            under_way.push(store.begin(&key.parse().unwrap(), None).await.unwrap());
+            under_way.push(store.begin(&key.parse().unwrap()).await.unwrap());
         }
         let pending = async || {
             let uploads = store.pending_uploads("").await.unwrap();

@@ -286,9 +286,9 @@ async fn read_segment(
     let damage = |message: String| Ok(Some(Damage { file, message }));
     let begin = SegmentBegin { bytes: Vec::with_capacity(WalHeader::LEN), left: cluster.wal_segment_size.bytes() };
     match repository.read_plain(&repository.layout().wal(&file), begin).await {
-        Ok(Some((begin, content))) => {
+        Ok(Some((begin, length))) => {
             let (system, size) = (cluster.system_identifier, cluster.wal_segment_size);
-            match check_segment(&segment, &begin.bytes, content.size, system, size) {
+            match check_segment(&segment, &begin.bytes, length, system, size) {
                 Ok(_) => Ok(None),
                 Err(mismatch) => damage(mismatch.to_string()),
             }

@@ -130,22 +130,22 @@ fn what_cp_leaves_under_load_arrives_whole_is_removed_and_restores(major: u32) {
     postgres.sql("CREATE TABLE t (n int, u uuid)");
     let script = scratch.path().join("load.sql");
     fs::write(&script, "INSERT INTO t SELECT n, gen_random_uuid() FROM generate_series(1, 5000) n;\n").unwrap();
-    // Five segments a second.
-    let load = |seconds: &str| {
+    // Five segments a second where the machine can; however slow it is, half as many segments as transactions.
+    let load = |transactions: &str| {
         let mut load = postgres.client("pgbench");
-        load.args(["-n", "-c", "2", "-R", "10", "-T", seconds, "-f"])
+        load.args(["-n", "-c", "2", "-R", "10", "-t", transactions, "-f"])
             .arg(&script)
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         load.spawn().unwrap()
     };
     // What was copied before there was a daemon is long marked as done: nobody asks for it any more.
-    load("2").wait().unwrap();
+    load("12").wait().unwrap();
     postgres.wait_until_archived();
     let before = names(&directory).len();
     assert!(before >= 5, "{before}");
     sidecar.start();
-    let mut under_load = load("8");
+    let mut under_load = load("40");
     back_up(&sidecar);
     under_load.wait().unwrap();
     postgres.switch_wal();

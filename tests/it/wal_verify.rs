@@ -2,7 +2,7 @@
 
 use std::process::Output;
 
-use pgsidecar_core::{ContentId, ObjectKey};
+use pgsidecar_core::{ObjectKey, Sha256Digest};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -100,13 +100,13 @@ impl Archive {
     /// The same with something else in its place, as it would be after damage: its metadata are the old ones.
     fn instead(&self, key: &ObjectKey, other: Option<Vec<u8>>, check: impl FnOnce()) {
         let look = self.look();
-        let (bytes, content): (Vec<u8>, Option<ContentId>) = look.object(key);
+        let (bytes, sha256): (Vec<u8>, Option<Sha256Digest>) = look.object(key);
         match other {
             None => look.remove(key),
-            Some(other) => look.put(key, other, content),
+            Some(other) => look.put(key, other, sha256),
         }
         check();
-        look.put(key, bytes, content);
+        look.put(key, bytes, sha256);
     }
 }
 

@@ -8,7 +8,7 @@ use pgsidecar::store::{
     StoreErrorKind,
     fault::{FaultPlan, FaultStore},
 };
-use pgsidecar_core::ContentId;
+use pgsidecar_core::Sha256Digest;
 
 use crate::{
     server::Server,
@@ -111,7 +111,7 @@ async fn an_object_comes_back_as_it_was_created(fixture: Fixture) {
 
     assert_eq!(read(store, "wal/00000001/a.zst", ByteRange::All).await.unwrap(), bytes);
     let info = head(store, "wal/00000001/a.zst").await.unwrap();
-    assert_eq!((info.size, info.content), (100_000, Some(ContentId::of(&bytes))));
+    assert_eq!((info.size, info.sha256), (100_000, Some(Sha256Digest::of(&bytes))));
     let age = info.modified.duration_since(before).as_secs();
     assert!((-2..60).contains(&age), "{} is not now", info.modified);
     let at = key("wal/00000001/a.zst");
@@ -126,7 +126,7 @@ async fn a_second_creation_finds_the_first_and_changes_nothing(fixture: Fixture)
     assert_eq!(create(store, "a", &second).await, Creation::Exists);
     assert_eq!(create(store, "a", &first).await, Creation::Exists);
     assert_eq!(read(store, "a", ByteRange::All).await.unwrap(), first);
-    assert_eq!(head(store, "a").await.unwrap().content, Some(ContentId::of(&first)));
+    assert_eq!(head(store, "a").await.unwrap().sha256, Some(Sha256Digest::of(&first)));
 }
 
 async fn of_concurrent_creations_one_whole_object_remains(fixture: Fixture) {
@@ -175,7 +175,7 @@ async fn a_large_upload_comes_back_with_its_metadata(fixture: Fixture) {
     let bytes = noise(40 * 1024 * 1024 + 17, 1);
     assert_eq!(upload(store, "backups/x/part-00001.tar.zst", &bytes, 3 * 1024 * 1024 + 5).await, Creation::Created);
     let info = head(store, "backups/x/part-00001.tar.zst").await.unwrap();
-    assert_eq!((info.size, info.content), (bytes.len() as u64, Some(ContentId::of(&bytes))));
+    assert_eq!((info.size, info.sha256), (bytes.len() as u64, None));
     assert!(read(store, "backups/x/part-00001.tar.zst", ByteRange::All).await.unwrap() == bytes);
     let across = ByteRange::Bounded { from: 8 * 1024 * 1024 - 3, len: 6 };
     let expected = bytes.slice(8 * 1024 * 1024 - 3..8 * 1024 * 1024 + 3);
@@ -341,7 +341,7 @@ async fn an_upload_is_invisible_until_it_is_finished(fixture: Fixture) {
     let bytes = noise(9 * 1024 * 1024, 1);
     let at = key("dumps/x/shop.dump");
     let once = || async {
-        let mut upload = store.begin(&at, None).await?;
+        let mut upload = store.begin(&at).await?;
         upload.write(bytes.clone()).await?;
         Ok(upload)
     };
@@ -367,7 +367,7 @@ async fn an_upload_that_is_dropped_leaves_nothing(fixture: Fixture) {
     let at = key("a/b");
     for size in [100, 20 * 1024 * 1024] {
         let once = || async {
-            let mut upload = fixture.store.begin(&at, None).await?;
+            let mut upload = fixture.store.begin(&at).await?;
             upload.write(noise(size, 1)).await?;
             Ok(upload)
         };
@@ -381,7 +381,7 @@ async fn an_upload_that_is_aborted_leaves_nothing(fixture: Fixture) {
     let at = key("a/b");
     for size in [100, 20 * 1024 * 1024] {
         let once = || async {
-            let mut upload = fixture.store.begin(&at, None).await?;
+            let mut upload = fixture.store.begin(&at).await?;
             upload.write(noise(size, 1)).await?;
             Ok(upload)
         };

@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use pgsidecar::store::{ByteRange, ConditionalCreation, Creation, PROBE_KEY, S3Config, S3Store, Store};
-use pgsidecar_core::ContentId;
+use pgsidecar_core::Sha256Digest;
 
 use crate::{
     scripted::{Reply, Request, Scripted},
@@ -59,16 +59,16 @@ async fn a_server_that_replaces_objects_is_found_out_s3s() {
 async fn on_a_server_that_replaces_objects_nothing_is_replaced_s3s() {
     let (_server, proxy, store) = server_that_replaces().await;
     let (first, second) = (noise(1000, 1), noise(2000, 2));
-    let content = ContentId::of(&first);
-    assert_eq!(store.create(&key("a"), first.clone(), Some(&content)).await.unwrap(), Creation::Created);
+    let sha256 = Sha256Digest::of(&first);
+    assert_eq!(store.create(&key("a"), first.clone(), Some(sha256)).await.unwrap(), Creation::Created);
     assert_eq!(store.create(&key("a"), second, None).await.unwrap(), Creation::Exists);
     for size in [100, 9 << 20] {
-        let mut upload = store.begin(&key("a"), None).await.unwrap();
+        let mut upload = store.begin(&key("a")).await.unwrap();
         upload.write(noise(size, 3)).await.unwrap();
         assert_eq!(upload.finish().await.unwrap(), Creation::Exists);
     }
     assert_eq!(read(&store, "a", ByteRange::All).await.unwrap(), first);
-    let mut upload = store.begin(&key("b"), None).await.unwrap();
+    let mut upload = store.begin(&key("b")).await.unwrap();
     upload.write(noise(9 << 20, 4)).await.unwrap();
     assert_eq!(upload.finish().await.unwrap(), Creation::Created);
     assert_eq!(store.create(&key("empty"), Bytes::new(), None).await.unwrap(), Creation::Created);

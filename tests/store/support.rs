@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use pgsidecar::store::{ByteRange, Creation, ListPage, ListRequest, ObjectInfo, Pages, Store};
-use pgsidecar_core::{ContentId, ObjectKey};
+use pgsidecar_core::{ObjectKey, Sha256Digest};
 
 pub fn key(text: &str) -> ObjectKey {
     text.parse().unwrap()
@@ -56,10 +56,10 @@ pub async fn read(store: &dyn Store, at: &str, range: ByteRange) -> Option<Bytes
 }
 
 pub async fn create(store: &dyn Store, at: &str, bytes: &Bytes) -> Creation {
-    let (at_key, content) = (key(at), ContentId::of(bytes));
+    let (at_key, sha256) = (key(at), Sha256Digest::of(bytes));
     let mut failures = 0;
     let creation = loop {
-        match store.create(&at_key, bytes.clone(), Some(&content)).await {
+        match store.create(&at_key, bytes.clone(), Some(sha256)).await {
             Err(error) if error.is_transient() && failures < PATIENCE => failures += 1,
             result => break result.unwrap(),
         }
@@ -71,9 +71,9 @@ pub async fn create(store: &dyn Store, at: &str, bytes: &Bytes) -> Creation {
 }
 
 pub async fn upload(store: &dyn Store, at: &str, bytes: &Bytes, chunk: usize) -> Creation {
-    let (at_key, content) = (key(at), ContentId::of(bytes));
+    let at_key = key(at);
     let once = || async {
-        let mut upload = store.begin(&at_key, Some(&content)).await?;
+        let mut upload = store.begin(&at_key).await?;
         let mut left = bytes.clone();
         while !left.is_empty() {
             upload.write(left.split_to(chunk.min(left.len()))).await?;

@@ -38,7 +38,7 @@ fn server(
 
 async fn upload(server: &Scripted) -> Result<Creation, StoreError> {
     let store = server.store().await;
-    let mut upload = store.begin(&key("a"), None).await?;
+    let mut upload = store.begin(&key("a")).await?;
     for chunk in 0..20 {
         upload.write(noise(1_000_000, chunk)).await?;
     }
