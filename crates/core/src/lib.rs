@@ -16,6 +16,7 @@ mod key;
 pub mod layout;
 mod le;
 mod lsn;
+pub mod page;
 pub mod plan;
 pub mod recovery;
 pub mod settings;
