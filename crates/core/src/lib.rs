@@ -6,6 +6,7 @@ mod archived_wal;
 pub mod backup;
 pub mod backup_label;
 pub mod backup_manifest;
+pub mod block_references;
 mod content;
 pub mod continuity;
 mod control_file;
@@ -24,6 +25,7 @@ pub mod standby;
 mod wal;
 mod wal_header;
 mod wal_pages;
+pub mod wal_summary;
 
 pub use archive_file::{ArchiveFileName, ParseArchiveFileNameError};
 pub use archived_wal::{ArchivedWal, MAX_GAPS, SegmentRange};
