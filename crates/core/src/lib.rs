@@ -13,6 +13,7 @@ mod control_file;
 pub mod data_directory;
 mod history;
 mod id;
+pub mod incremental_file;
 mod key;
 pub mod layout;
 mod le;
