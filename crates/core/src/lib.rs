@@ -14,6 +14,7 @@ pub mod data_directory;
 mod history;
 mod id;
 pub mod incremental_file;
+pub mod incremental_plan;
 mod key;
 pub mod layout;
 mod le;
