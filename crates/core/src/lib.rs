@@ -19,6 +19,7 @@ mod key;
 pub mod layout;
 mod le;
 mod lsn;
+pub mod merge;
 pub mod page;
 pub mod plan;
 pub mod recovery;
