@@ -3,7 +3,8 @@
 //! do_pg_backup_start in xlog.c; read back by read_backup_label and read_tablespace_map in xlogrecovery.c).
 //!
 //! The label is parsed for what the sidecar records. What goes into a backup is the text that the server
-//! returned, byte for byte: there is nothing here to write one.
+//! returned, byte for byte; only what it is an increment of is added ([`with_increment`]) and, when a chain is merged,
+//! taken out again ([`without_increment`]).
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -103,6 +104,28 @@ impl FromStr for BackupLabel {
         let (start, checkpoint) = (parse(START, start)?, parse(CHECKPOINT, line(CHECKPOINT)?)?);
         Ok(BackupLabel { start, checkpoint, timeline, from_standby, incremental_from })
     }
+}
+
+/// The label with what the backup is an increment of at its end, as the server writes it: the earliest position in
+/// the parent's WAL ranges and the timeline there. Without it pg_combinebackup takes the backup for a full one; with it
+/// no server starts. A label that has such lines already gets these instead.
+pub fn with_increment(label: &str, from: Lsn, timeline: TimelineId) -> String {
+    let mut label = without_increment(label);
+    if !label.is_empty() && !label.ends_with('\n') {
+        label.push('\n');
+    }
+    label + &format!("{INCREMENTAL_LSN}: {from}\n{INCREMENTAL_TLI}: {timeline}\n")
+}
+
+/// The label of the full backup that a chain becomes: the newest one's, without what that was an increment of
+/// (`write_backup_label` of pg_combinebackup).
+pub fn without_increment(label: &str) -> String {
+    let of_increment = |line: &str| {
+        [INCREMENTAL_LSN, INCREMENTAL_TLI]
+            .iter()
+            .any(|key| line.strip_prefix(key).is_some_and(|rest| rest.starts_with(": ")))
+    };
+    label.split_inclusive('\n').filter(|line| !of_increment(line)).collect()
 }
 
 /// The value of the one line `key: value`.
@@ -261,6 +284,18 @@ mod tests {
         let timeline = TimelineId::new(10).unwrap();
         let incremental_from = Some(Lsn::new(0x100_0028));
         assert_eq!(later.parse(), Ok(BackupLabel { timeline, from_standby: true, incremental_from, ..label }));
+    }
+
+    #[test]
+    fn what_a_backup_is_an_increment_of_comes_and_goes() {
+        let timeline = TimelineId::new(9).unwrap();
+        let marked = with_increment(LABEL, Lsn::new(0x1_0100_0028), timeline);
+        assert_eq!(marked, LABEL.to_owned() + "INCREMENTAL FROM LSN: 1/1000028\nINCREMENTAL FROM TLI: 9\n");
+        assert_eq!(marked.parse::<BackupLabel>().unwrap().incremental_from, Some(Lsn::new(0x1_0100_0028)));
+        assert_eq!(with_increment(&marked, Lsn::new(0x1_0100_0028), timeline), marked);
+        assert_eq!(with_increment(LABEL.trim_end(), Lsn::new(0x1_0100_0028), timeline), marked);
+        assert_eq!(without_increment(&marked), LABEL);
+        assert_eq!(without_increment(LABEL), LABEL);
     }
 
     #[test]
