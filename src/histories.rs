@@ -10,7 +10,7 @@
 use std::{collections::BTreeMap, fs, sync::Mutex, time::Duration};
 
 use bytes::Bytes;
-use pgsidecar_core::{ArchiveFileName, SystemIdentifier, TimelineHistory, TimelineId};
+use pgsidecar_core::{ArchiveFileName, ContentId, SystemIdentifier, TimelineHistory, TimelineId};
 use tokio::sync::watch;
 
 use crate::{
@@ -28,6 +28,52 @@ const MAX_KNOWN_BYTES: usize = 16 << 10;
 const MOST_KNOWN: usize = 100;
 /// How often the sidecar of a standby looks for new ones.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
+
+/// What to do where two servers have begun one timeline.
+pub const TAKEN_TWICE: &str = "Nothing was overwritten. Two servers began this timeline, as one can that is promoted while the store is \
+     away; the one that isn't in the repository has to begin another. README.md, 'A timeline that was taken twice', says how: stop it, create \
+     recovery.signal, and start it with recovery_target_timeline = 'current' and a restore_command for newer histories alone.";
+
+/// Checks that the timeline that a server is on is its own, as far as the repository knows: that no history in pg_wal,
+/// of this timeline or a newer one, differs from the one in the repository, and the first segment that waits to be
+/// archived neither. (Servers that were promoted at the same place write the same history.)
+///
+/// # Errors
+/// [`Code::Conflict`] if there is one; the store's, or if pg_wal can't be read.
+pub async fn check_not_taken(
+    repository: &Repository,
+    pgdata: &DataDirectory,
+    current: TimelineId,
+) -> Result<(), Failure> {
+    let mut timelines = pgdata.histories().map_err(|error| Failure::io("reading pg_wal", &error))?;
+    timelines.sort_unstable();
+    // Until the checkpoint after its promotion, pg_control names the timeline from which a server came.
+    for timeline in timelines.into_iter().filter(|timeline| *timeline >= current) {
+        let name = ArchiveFileName::History(timeline);
+        let path = pgdata.wal().join(name.to_string());
+        let ours = fs::read(&path).map_err(|error| Failure::io(format!("reading {}", path.display()), &error))?;
+        let theirs = repository.history_file(timeline).await?;
+        if theirs.is_some_and(|theirs| theirs != ours) {
+            return Err(taken_twice(&name));
+        }
+    }
+    let is_current = |name: &ArchiveFileName| matches!(name, ArchiveFileName::Segment(_)) && name.timeline() >= current;
+    let waiting = pgdata.ready_files(1, is_current).map_err(|error| Failure::io("reading archive_status", &error))?;
+    let Some(name) = waiting.first() else { return Ok(()) };
+    let key = repository.layout().wal(name);
+    let Some((_, theirs)) = repository.read_plain(&key, std::io::sink()).await? else { return Ok(()) };
+    match fs::read(pgdata.wal().join(name.to_string())) {
+        Ok(ours) if ContentId::of(&ours) != theirs => Err(taken_twice(name)),
+        // What can't be read is told by who archives it.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+fn taken_twice(name: &ArchiveFileName) -> Failure {
+    let timeline = name.timeline();
+    let what = format!("timeline {timeline} was taken twice: {name} in pg_wal isn't the one in the repository");
+    Failure::new(Code::Conflict, what).hint(TAKEN_TWICE)
+}
 
 /// Ships every timeline history of pg_wal that the repository lacks.
 ///
@@ -60,7 +106,7 @@ pub async fn ship(repository: &Repository, pgdata: &DataDirectory) -> Result<(),
             Ok(Stored::New) => tracing::info!(file = %name, "timeline history shipped"),
             Ok(Stored::Already) => {}
             Err(failure) if failure.code == Code::Conflict => {
-                tracing::error!(file = %name, %failure, "two servers began the same timeline");
+                tracing::error!(file = %name, %failure, hint = TAKEN_TWICE, "two servers began the same timeline");
             }
             Err(failure) => return Err(failure),
         }
