@@ -175,6 +175,11 @@ impl DataDirectory {
         self.control_bytes().map(|(_, control)| control)
     }
 
+    /// Whether the server is a standby, or becomes one when it's started: PostgreSQL removes the file at its promotion.
+    pub fn is_standby(&self) -> bool {
+        self.path.join("standby.signal").exists()
+    }
+
     /// Whether the server runs. A server that was killed leaves a `postmaster.pid` that says it does.
     ///
     /// # Errors

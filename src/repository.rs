@@ -32,8 +32,10 @@ pub const SINGLE_REQUEST_BYTES: usize = 17 << 20;
 const SMALL_BUFFER_BYTES: usize = 512 << 10;
 /// The largest small object (records, histories) that is read into memory.
 const SMALL_OBJECT_BYTES: u64 = 64 << 20;
-/// How often a broken download is taken up again before it fails.
+/// How often a broken download is taken up again before it fails, unless it gets on in between.
 const DOWNLOAD_RETRIES: u32 = 4;
+/// How many bytes more of it make up for all retries before.
+const DOWNLOAD_PROGRESS: u64 = 1 << 20;
 
 /// `cluster.json`: what is the same for all WAL of a database system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -325,12 +327,15 @@ impl Repository {
         let (sender, reader) = ChannelReader::new();
         let (store, key) = (self.store.clone(), key.clone());
         tokio::spawn(async move {
-            let (mut position, mut retries) = (0, 0);
+            let (mut position, mut retries, mut forgiven_at) = (0, 0, 0);
             loop {
                 match download.next().await {
                     Ok(None) => return,
                     Ok(Some(chunk)) => {
                         position += chunk.len() as u64;
+                        if position - forgiven_at >= DOWNLOAD_PROGRESS {
+                            (retries, forgiven_at) = (0, position);
+                        }
                         if sender.send(Ok(chunk)).await.is_err() {
                             return;
                         }

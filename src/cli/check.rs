@@ -18,6 +18,7 @@ use crate::{
     client::Client,
     daemon::open_store,
     failure::{Code, Failure},
+    histories,
     pgdata::DataDirectory,
     postgres::Session,
     repository::Repository,
@@ -121,6 +122,12 @@ pub async fn run(settings: &Settings, args: &CheckArgs) -> Result<ExitCode, Fail
     if let (Some(path), Some((pgdata, _))) = (&work.archive_directory, &data) {
         let usable = ArchiveDirectory::new(path.clone()).check(pgdata);
         report.step("archive dir", usable, |()| format!("files can be taken from {} and removed", path.display()));
+    }
+    if let (true, Some((pgdata, control))) = (store_works, &data) {
+        let layout = Layout::new(work.cluster.clone(), control.system_identifier);
+        let repository = Repository::new(store.clone(), layout, work.compression_level);
+        let not_taken = histories::check_not_taken(&repository, pgdata, control.timeline).await;
+        report.step("timeline", not_taken, |()| "no other server has begun the one that this server is on".to_owned());
     }
     let session = check_postgres(&mut report, work, data.as_ref()).await;
     let daemon = check_daemon(&mut report, settings).await;

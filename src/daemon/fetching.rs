@@ -1,12 +1,18 @@
 //! What PostgreSQL asks of the archive, and when "not there" may be said (I5).
 
-use std::{os::unix::fs::MetadataExt, path::Path};
+use std::{
+    io::Write,
+    os::unix::fs::{FileExt, MetadataExt},
+    path::Path,
+    time::Duration,
+};
 
-use pgsidecar_core::{ArchiveFileName, SystemIdentifier};
+use pgsidecar_core::{ArchiveFileName, SystemIdentifier, TimelineId};
 
 use super::{App, Work};
 use crate::{
     failure::{Code, Failure},
+    histories::MAX_HISTORY_BYTES,
     pgdata::DataDirectory,
     wal::{
         fetch::FetchRequest,
@@ -14,19 +20,30 @@ use crate::{
     },
 };
 
+/// How long the store may take to answer a standby, which the helper doesn't let wait any longer than twice that, before
+/// it's told what is known.
+const STANDBY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How a file is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Of which database system; the daemon's own if it isn't said.
+    pub system: Option<SystemIdentifier>,
+    /// The inode of the directory in which the file may be left, instead of sending it.
+    pub directory: Option<u64>,
+    /// Whether the end of a stopped server's WAL will do.
+    pub tail: bool,
+    /// Whether it's for a standby: it asks again, so that a history that was seen before will do.
+    pub standby: bool,
+}
+
 impl App {
-    /// Fetches a file from the archive, of this database system or of the one that is named. `directory` is the inode of
-    /// where it goes to.
+    /// Fetches a file from the archive.
     ///
     /// # Errors
     /// [`Code::NotInArchive`] if the store says so; anything else means 'can't tell'.
-    pub async fn fetch(
-        &self,
-        name: ArchiveFileName,
-        system: Option<SystemIdentifier>,
-        directory: Option<u64>,
-        tail: bool,
-    ) -> Result<(Spooled, &Spool), Failure> {
+    pub async fn fetch(&self, name: ArchiveFileName, wanted: Wanted) -> Result<(Spooled, &Spool), Failure> {
+        let Wanted { system, directory, tail, standby } = wanted;
         let work = self.work()?;
         // A directory of another system than the daemon's own is restored elsewhere.
         let (pgdata, system) = match (work.data_directory(), system) {
@@ -44,7 +61,10 @@ impl App {
         // Into pg_wal only what goes there: a database that is restored beside the living one must not fill its volume.
         let pgdata = pgdata.filter(|pgdata| directory.is_some() && directory == inode_of(&pgdata.wal()));
         let request = FetchRequest { repository: work.repository(system), name, pgdata, tail };
-        let fetched = work.fetcher.fetch(&request).await;
+        let fetched = match name {
+            ArchiveFileName::History(timeline) => work.history(timeline, &request, standby).await,
+            _ => work.fetcher.fetch(&request).await,
+        };
         let spooled = fetched.map_err(|failure| match waits {
             Some(waits) if failure.code == Code::NotInArchive => not_yet_archived(name, waits).unwrap_or(failure),
             _ => failure,
@@ -58,6 +78,44 @@ fn inode_of(path: &Path) -> Option<u64> {
 }
 
 impl Work {
+    /// Fetches a history and notes it. A standby gets one that is known where the store can't be asked; whoever else
+    /// asks may end its recovery by what it's told, and has to wait (I5).
+    async fn history(&self, timeline: TimelineId, request: &FetchRequest, standby: bool) -> Result<Spooled, Failure> {
+        let system = request.repository.layout().system();
+        let known = || if standby { self.histories.get(system, timeline) } else { None };
+        let asked = self.fetcher.fetch(request);
+        tokio::pin!(asked);
+        let in_time = match tokio::time::timeout(STANDBY_PATIENCE, &mut asked).await {
+            Err(_) if known().is_some() => None,
+            Err(_) => Some(asked.await),
+            Ok(fetched) => Some(fetched),
+        };
+        let away = match in_time {
+            Some(Ok(spooled)) => {
+                self.note_history(system, timeline, &spooled);
+                return Ok(spooled);
+            }
+            Some(Err(failure)) if !matches!(failure.code, Code::StoreUnavailable | Code::StoreDenied) => {
+                return Err(failure);
+            }
+            Some(Err(failure)) => failure,
+            None => Failure::new(Code::StoreUnavailable, "the store hasn't answered in time"),
+        };
+        let Some(bytes) = known() else { return Err(away) };
+        tracing::info!(file = %request.name, %away, "the store can't be asked: handing out what was seen of it before");
+        let mut spooled = self.fetcher.spool().create(None)?;
+        spooled.file.write_all(&bytes).map_err(|error| Failure::io("using the spool", &error))?;
+        Ok(spooled)
+    }
+
+    fn note_history(&self, system: SystemIdentifier, timeline: TimelineId, spooled: &Spooled) {
+        let size = spooled.file.metadata().map_or(u64::MAX, |meta| meta.len());
+        let mut bytes = vec![0; usize::try_from(size.min(MAX_HISTORY_BYTES)).unwrap_or_default()];
+        if size <= MAX_HISTORY_BYTES && spooled.file.read_exact_at(&mut bytes, 0).is_ok() {
+            self.histories.note(system, timeline, bytes.into());
+        }
+    }
+
     /// Whether the file lies in the archive directory. `None`: there is none, or it's another database's.
     async fn waits_to_be_archived(
         &self,

@@ -36,7 +36,7 @@ use crate::{
     backup::{self, BackupRequest},
     codec::ChannelReader,
     failure::{Code, Failure},
-    histories,
+    histories::{self, KnownHistories},
     http::{self, Listener, wal::Asker},
     jobs::{Job, Jobs},
     pgdata::DataDirectory,
@@ -56,6 +56,7 @@ use crate::{
 
 const RETRY_START_WORK: Duration = Duration::from_secs(10);
 
+pub use fetching::Wanted;
 pub use status::{ArchiveStatus, LastBackup, Status};
 
 /// Opens the store that the settings name. No network access.
@@ -91,6 +92,7 @@ struct Work {
     settings: WorkSettings,
     store: Arc<dyn Store>,
     fetcher: Fetcher,
+    histories: KnownHistories,
     archive_directory: Option<Arc<ArchiveDirectory>>,
     /// The systems whose `cluster.json` is known to be there.
     noted: Mutex<Option<SystemIdentifier>>,
@@ -111,6 +113,7 @@ impl App {
                     settings: work.clone(),
                     store: open_store(work).await,
                     fetcher: Fetcher::new(work.spool.clone()),
+                    histories: KnownHistories::default(),
                     archive_directory: work.archive_directory.clone().map(|path| Arc::new(ArchiveDirectory::new(path))),
                     noted: Mutex::default(),
                     conditional: Mutex::default(),
@@ -384,7 +387,8 @@ async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
     let received = standby::run(app.archiver.clone(), &*app, &work.settings.connection, stop.clone());
     let ahead =
         app.sources().into_iter().map(|source| lookahead::run(app.archiver.clone(), &*app, source, stop.clone()));
-    tokio::join!(futures_util::future::join_all(ahead), received, remains::run(&repository));
+    let known = work.histories.keep(&*app, stop.clone());
+    tokio::join!(futures_util::future::join_all(ahead), received, known, remains::run(&repository));
 }
 
 /// The first signal stops in order, the second at once.

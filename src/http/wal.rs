@@ -9,6 +9,7 @@
 //!                                &directory=INODE  may be left in pg_wal, if that is this directory, under the name
 //!                                in the header Pgsidecar-File
 //!                                &tail=yes  the end of a stopped server's WAL will do, where the segment isn't there
+//!                                &standby=yes  a history that was seen before will do, where the store can't be asked
 //! GET  /v1/status                state, problems, backlog, last backup and job
 //! ```
 
@@ -28,7 +29,7 @@ use tokio::sync::mpsc;
 use super::{Answer, bytes, json, no_such_route, streamed};
 use crate::{
     codec::{CHUNK, ChannelReader},
-    daemon::App,
+    daemon::{App, Wanted},
     failure::{Code, Failure},
     repository::Stored,
 };
@@ -151,8 +152,8 @@ async fn archive_body(app: &Arc<App>, name: ArchiveFileName, request: Request<In
 }
 
 async fn fetch(app: &Arc<App>, name: ArchiveFileName, query: Option<&str>) -> Result<Answer, Failure> {
-    let wanted = query.map(Wanted::parse).transpose()?.unwrap_or_default();
-    let (spooled, spool) = app.fetch(name, wanted.system, wanted.directory, wanted.tail).await?;
+    let wanted = query.map(parse_wanted).transpose()?.unwrap_or_default();
+    let (spooled, spool) = app.fetch(name, wanted).await?;
     if let Some(file) = wanted.directory.and_then(|inode| spool.hand_over(&spooled, inode)) {
         let mut answer = bytes(StatusCode::OK, OCTETS, Bytes::new());
         let value = HeaderValue::from_str(&file).map_err(Failure::internal)?;
@@ -191,40 +192,30 @@ fn read_chunk(file: &std::fs::File, position: u64) -> io::Result<Bytes> {
 }
 
 /// What a request for a file says about how it's wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Wanted {
-    /// Of which database system; the daemon's own if it isn't said.
-    system: Option<SystemIdentifier>,
-    /// The inode of the directory in which the file may be left, instead of sending it.
-    directory: Option<u64>,
-    /// Whether the end of a stopped server's WAL will do.
-    tail: bool,
-}
-
-impl Wanted {
-    fn parse(query: &str) -> Result<Wanted, Failure> {
-        let mut wanted = Wanted::default();
-        for pair in query.split('&') {
-            let understood = match pair.split_once('=') {
-                Some(("system-identifier", number)) => {
-                    number.parse().map(|system| wanted.system = Some(system)).is_ok()
-                }
-                Some(("directory", inode)) => inode.parse().map(|inode| wanted.directory = Some(inode)).is_ok(),
-                Some(("tail", "yes")) => {
-                    wanted.tail = true;
-                    true
-                }
-                _ => false,
-            };
-            if !understood {
-                return Err(Failure::new(
-                    Code::InvalidRequest,
-                    format!("{pair:?} is none of system-identifier=NUMBER, directory=INODE, tail=yes"),
-                ));
+fn parse_wanted(query: &str) -> Result<Wanted, Failure> {
+    let mut wanted = Wanted::default();
+    for pair in query.split('&') {
+        let understood = match pair.split_once('=') {
+            Some(("system-identifier", number)) => number.parse().map(|system| wanted.system = Some(system)).is_ok(),
+            Some(("directory", inode)) => inode.parse().map(|inode| wanted.directory = Some(inode)).is_ok(),
+            Some(("tail", "yes")) => {
+                wanted.tail = true;
+                true
             }
+            Some(("standby", "yes")) => {
+                wanted.standby = true;
+                true
+            }
+            _ => false,
+        };
+        if !understood {
+            return Err(Failure::new(
+                Code::InvalidRequest,
+                format!("{pair:?} is none of system-identifier=NUMBER, directory=INODE, tail=yes, standby=yes"),
+            ));
         }
-        Ok(wanted)
     }
+    Ok(wanted)
 }
 
 /// Which server asks to have a file of pg_wal archived, as the helper tells.

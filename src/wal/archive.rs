@@ -35,6 +35,7 @@ use super::{
 use crate::{
     codec::{self, ChannelReader, HashingWriter},
     failure::{Code, Failure},
+    histories::TAKEN_TWICE,
     pgdata::FileStamp,
     repository::{Repository, SINGLE_REQUEST_BYTES, Stored},
 };
@@ -306,6 +307,13 @@ impl Archiver {
                         store_partial(repository, &check, segment, file).await?
                     }
                 }
+            }
+            ArchiveFileName::History(_) => {
+                let stored = store_whole(repository, &check, source, turn, memory).await;
+                stored.map_err(|failure| match failure.code {
+                    Code::Conflict => failure.hint(TAKEN_TWICE),
+                    _ => failure,
+                })?
             }
             _ => store_whole(repository, &check, source, turn, memory).await?,
         };

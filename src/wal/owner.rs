@@ -103,7 +103,8 @@ impl Owned {
             )
             .hint(
                 "Nothing was stored. If this is a copy of that database, give it another cluster name (PGSIDECAR_CLUSTER). \
-                 If it has taken that one's place, which must not run any more: pgsidecar wal take-over.",
+                 If it has taken that one's place, which must not run any more: pgsidecar wal take-over. \
+                 'pgsidecar check' tells whether both began this timeline.",
             ));
         }
         if let Ok(mut known) = self.known.lock() {

@@ -334,6 +334,25 @@ async fn what_is_fetched_is_identical_or_an_error_and_never_said_to_be_missing()
     assert!(failures > 10, "{failures}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_download_that_breaks_again_and_again_goes_on_as_long_as_it_gets_on() {
+    let world = World::new();
+    let (key, bytes) = ("main/long".parse().unwrap(), noise(8 << 20, 1));
+    world.repository.store_bytes(&key, "long", bytes.clone()).await.unwrap();
+    let read = || world.repository.read_plain(&key, Vec::new());
+    // More often than it's tried without progress.
+    world.plan.clone().always(Operation::Get, "main/long", Fault::Cut(3 << 19));
+    let (there, _) = read().await.unwrap().unwrap();
+    assert!(there == bytes);
+    assert!(world.plan.injected() > 5, "{}", world.plan.injected());
+    world.plan.heal();
+    // A few bytes each time are no progress.
+    let before = world.plan.injected();
+    world.plan.clone().always(Operation::Get, "main/long", Fault::Cut(1000));
+    assert_eq!(read().await.unwrap_err().code, Code::StoreUnavailable);
+    assert_eq!(world.plan.injected() - before, 5);
+}
+
 /// What lies in a file without a name.
 fn content(file: &std::fs::File) -> Vec<u8> {
     let mut bytes = Vec::new();

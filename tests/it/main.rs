@@ -25,6 +25,7 @@ mod restore_refusals;
 mod server;
 mod shutdown;
 mod support;
+mod taken_twice;
 mod throttling;
 mod wal_restoring;
 mod wal_verify;

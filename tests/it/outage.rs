@@ -1,7 +1,10 @@
 //! The store goes away, hangs, is slow or cuts connections. PostgreSQL goes on (I8), a recovery waits and never ends
 //! early (I5), and whatever was interrupted is taken up again.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use crate::support::{Look, Mode, Postgres, Repository, Scratch, Sidecar, Wire, command, run, wait_until};
 
@@ -9,10 +12,14 @@ const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A server that archives to S3 through a proxy; 1 MB segments, so that there are many.
 fn archiving_through_a_proxy(scratch: &Scratch) -> (Postgres, Sidecar, Repository, Wire) {
+    archiving_through_a_proxy_with(scratch, 15)
+}
+
+fn archiving_through_a_proxy_with(scratch: &Scratch, major: u32) -> (Postgres, Sidecar, Repository, Wire) {
     let repository = Repository::s3();
     let Repository::S3(server) = &repository else { unreachable!("it's on S3") };
     let proxy = Wire::to(&server.address());
-    let mut postgres = Postgres::initdb(scratch, 15, &["--wal-segsize=1"]);
+    let mut postgres = Postgres::initdb(scratch, major, &["--wal-segsize=1"]);
     let mut sidecar = Sidecar::new(scratch, &postgres, &repository);
     sidecar.through(&proxy);
     let settings = sidecar.archive_settings();
@@ -94,6 +101,92 @@ fn a_recovery_waits_for_a_store_that_is_gone_and_ends_only_at_the_end_of_the_arc
 #[test]
 fn a_recovery_waits_for_a_store_that_hangs_and_ends_only_at_the_end_of_the_archive_pg15() {
     recovery_through(Mode::BlackHole);
+}
+
+/// A data directory from which a server has ended in order, whose daemon knows that the repository has timelines 2 and
+/// 3, and that nobody has ever asked for them.
+fn standby_that_knows_of_timeline_3(scratch: &Scratch, major: u32) -> (Postgres, Sidecar, Repository, Wire) {
+    let (mut postgres, mut sidecar, repository, proxy) = archiving_through_a_proxy_with(scratch, major);
+    for (name, text) in HISTORIES {
+        assert_eq!(sidecar.put(name, text.as_bytes()).status, 200, "{name}");
+    }
+    postgres.stop("fast");
+    sidecar.stop();
+    fs::write(postgres.data.join("standby.signal"), "").unwrap();
+    sidecar.start();
+    wait_until("it looks for them", PATIENCE, || !proxy.requests("GET", "/00000002.history.zst").is_empty());
+    // The oldest is looked for last.
+    wait_until("it has them", PATIENCE, || !proxy.requests("GET", "/00000001.history.zst").is_empty());
+    (postgres, sidecar, repository, proxy)
+}
+
+const HISTORIES: [(&str, &str); 2] =
+    [("00000002.history", "1\t0/F000000\tx\n"), ("00000003.history", "1\t0/F000000\tx\n2\t0/FF00000\tx\n")];
+
+/// The helper's exit code, how long it took, and what it has left.
+fn restore(postgres: &Postgres, sidecar: &Sidecar, name: &str) -> (Option<i32>, Duration, String) {
+    let to = postgres.data.join("pg_wal/RECOVERYHISTORY");
+    fs::remove_file(&to).ok();
+    let began = Instant::now();
+    let timeout = if postgres.data.join("standby.signal").exists() { "60" } else { "2" };
+    let output = sidecar.wal(postgres, &["restore", "--timeout", timeout, name, "pg_wal/RECOVERYHISTORY"]);
+    (output.status.code(), began.elapsed(), fs::read_to_string(to).unwrap_or_default())
+}
+
+#[test]
+fn in_an_outage_a_standby_and_nobody_else_gets_the_histories_that_were_seen_before_pg15() {
+    let scratch = Scratch::new();
+    let (postgres, sidecar, _repository, proxy) = standby_that_knows_of_timeline_3(&scratch, 15);
+    for outage in [Mode::Refuse, Mode::BlackHole] {
+        proxy.set(outage);
+        if outage == Mode::Refuse {
+            assert_eq!(sidecar.ask("GET", "/v1/wal/00000004.history?standby=yes").code(), "store_unavailable");
+            assert_eq!(sidecar.get("00000003.history").code(), "store_unavailable");
+        }
+        for (name, text) in HISTORIES {
+            let (code, took, found) = restore(&postgres, &sidecar, name);
+            assert_eq!((code, found.as_str()), (Some(0), text), "{outage:?} {name}");
+            assert!(took < Duration::from_secs(9), "{took:?}");
+        }
+        // What wasn't seen can't be told, and neither can a segment.
+        for name in ["00000004.history", "000000010000000000000001"] {
+            let (code, took, _) = restore(&postgres, &sidecar, name);
+            assert!(code == Some(1) && took < Duration::from_secs(12), "{outage:?} {name} {code:?} {took:?}");
+        }
+        fs::remove_file(postgres.data.join("standby.signal")).unwrap();
+        assert_eq!(restore(&postgres, &sidecar, "00000003.history").0, Some(200), "{outage:?}: it waits");
+        fs::write(postgres.data.join("standby.signal"), "").unwrap();
+    }
+    // The store's word counts as soon as it can be had.
+    proxy.set(Mode::Pass);
+    assert_eq!(sidecar.ask("GET", "/v1/wal/00000004.history?standby=yes").code(), "not_in_archive");
+    assert_eq!(sidecar.ask("GET", "/v1/wal/00000003.history?standby=no").code(), "invalid_request");
+}
+
+fn a_standby_that_is_started_in_an_outage_begins_a_timeline_behind_those_that_were_seen_before(major: u32) {
+    let scratch = Scratch::new();
+    let (mut postgres, sidecar, _repository, proxy) = standby_that_knows_of_timeline_3(&scratch, major);
+    proxy.set(Mode::Refuse);
+    let restore = format!("{} --address 127.0.0.1:{} restore %f %p", Sidecar::helper().display(), sidecar.port);
+    postgres.configure(&[&format!("restore_command = '{restore}'")]);
+    postgres.start(&[]);
+    let log = postgres.log();
+    assert!(log.contains("restored log file \"00000003.history\" from archive"), "{log}");
+    assert_eq!(postgres.sql("SELECT pg_promote()"), "t");
+    postgres.wait_for_promotion();
+    assert!(postgres.log().contains("selected new timeline ID: 4"), "{}", postgres.log());
+    let history = String::from_utf8(postgres.wal_file("00000004.history")).unwrap();
+    assert!(history.starts_with(HISTORIES[1].1), "{history}");
+}
+
+#[test]
+fn a_standby_that_is_started_in_an_outage_begins_a_timeline_behind_those_that_were_seen_before_pg15() {
+    a_standby_that_is_started_in_an_outage_begins_a_timeline_behind_those_that_were_seen_before(15);
+}
+
+#[test]
+fn a_standby_that_is_started_in_an_outage_begins_a_timeline_behind_those_that_were_seen_before_pg17() {
+    a_standby_that_is_started_in_an_outage_begins_a_timeline_behind_those_that_were_seen_before(17);
 }
 
 #[test]

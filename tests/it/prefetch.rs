@@ -1,6 +1,6 @@
 //! WAL on its way back, fetched ahead and handed over: each file once, whole, and never a guess about what isn't there.
 
-use std::{fs, os::unix::fs::MetadataExt, thread, time::Duration};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, thread, time::Duration};
 
 use crate::support::{
     Postgres, Repository, Scratch, Sidecar, Wire, beside, command, give_to_servers, restoring::text, run, told,
@@ -279,6 +279,38 @@ fn all_who_ask_for_one_segment_at_a_time_get_the_whole_of_it_pg15() {
     let file = answer.head.lines().find_map(|line| line.strip_prefix("pgsidecar-file: ")).unwrap();
     assert!(answer.body.is_empty() && postgres.wal_file(file) == content(&postgres, &name(1, 0x10)));
     asked(&postgres, &sidecar, &name(1, 0x10));
+}
+
+/// Whether the daemon holds a file in this directory open.
+fn spools_into(sidecar: &Sidecar, directory: &Path) -> bool {
+    let open = fs::read_dir(format!("/proc/{}/fd", sidecar.pid())).unwrap().flatten();
+    open.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target.parent() == Some(directory))
+}
+
+#[test]
+fn what_goes_to_another_directory_is_not_spooled_into_the_pg_wal_of_the_living_server_pg15() {
+    let scratch = Scratch::new();
+    let (postgres, sidecar, _repository, proxy) = holding(&scratch, [0x10, 0x20, 0x30]);
+    let (pg_wal, elsewhere) = (postgres.data.join("pg_wal"), scratch.dir("elsewhere"));
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    for (segment, query, expected) in [
+        (0x10, format!("?directory={}", inode(&elsewhere)), false),
+        (0x20, String::new(), false),
+        (0x30, format!("?directory={}", inode(&pg_wal)), true),
+    ] {
+        let name = name(1, segment);
+        proxy.hold_answer("GET", &format!("/{name}.zst"));
+        thread::scope(|scope| {
+            let asking = scope.spawn(|| sidecar.ask("GET", &format!("/v1/wal/{name}{query}")));
+            proxy.wait_for_held();
+            let spooled = spools_into(&sidecar, &pg_wal);
+            proxy.release();
+            let answer = asking.join().unwrap();
+            assert_eq!((answer.status, spooled), (200, expected), "{query}");
+            assert_eq!(answer.body.is_empty(), expected, "{query}");
+        });
+    }
+    assert_eq!(postgres.wal_files("pgsidecar-spool").len(), 1);
 }
 
 #[test]

@@ -9,9 +9,9 @@ use std::{
 };
 
 use crate::support::{
-    Look, Mode, Postgres, Repository, Scratch, Sidecar, Wire, free_port,
+    Look, Mode, Postgres, Repository, Scratch, Sidecar, Wire, beside, free_port,
     restoring::{AS_A_COPY, back_up, restore},
-    wait_until,
+    run, wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -324,4 +324,55 @@ fn a_tail_is_served_to_a_restore_that_asks_for_it_until_the_whole_segment_is_the
     postgres.stop("fast");
     sidecar.stop();
     assert_eq!(Look::into(&repository).matching(&format!("/tail/00000001/{segment}")), [""; 0]);
+}
+
+#[test]
+fn of_a_standby_that_stops_no_end_of_its_wal_is_kept_pg15() {
+    let scratch = Scratch::new();
+    let (primary, _beside_primary, repository, _proxy) = in_a_pod(&scratch, 15, &[]);
+    let directory = scratch.path().join("standby");
+    run(primary.client("pg_basebackup").args(["-c", "fast", "-X", "stream", "--no-sync", "-R", "-D"]).arg(&directory));
+    let mut standby = Postgres::on(&scratch, directory, 15);
+    let mut sidecar = Sidecar::another(&scratch, "beside-standby", &standby, &repository);
+    for mode in ["fast", "immediate"] {
+        standby.start(&[]);
+        sidecar.start();
+        primary.sql(&format!("CREATE TABLE {mode} (n int)"));
+        let (segment, lsn) = (
+            primary.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())"),
+            primary.sql("SELECT pg_current_wal_flush_lsn()"),
+        );
+        wait_until("it has received it", PATIENCE, || {
+            standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
+        });
+        standby.stop(mode);
+        assert!(sidecar.stop().success(), "{}", sidecar.log());
+        // It has a part of it, and has marked none of it.
+        assert!(!standby.wal_file(&segment).is_empty());
+        assert!(!standby.is_marked(&segment, "ready") && !standby.is_marked(&segment, "done"), "{segment}");
+        assert_eq!(Look::into(&repository).matching("/tail/"), [""; 0], "{mode}");
+    }
+}
+
+#[test]
+fn of_a_server_that_marks_no_segments_no_end_of_its_wal_is_kept_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (mut postgres, mut sidecar) = beside(&scratch, 15, &["--wal-segsize=1"], &repository);
+    let tails = |postgres: &mut Postgres, sidecar: &mut Sidecar, switches: u32| {
+        postgres.start(&["-c", "archive_mode=off"]);
+        sidecar.start();
+        postgres.sql("CHECKPOINT");
+        (0..switches).for_each(|_| drop(postgres.switch_wal()));
+        // Flushed, other than a restore point.
+        postgres.sql(&format!("CREATE TABLE in_the_last_one_{switches} (n int)"));
+        // Without a checkpoint, which would remove them.
+        postgres.stop("immediate");
+        assert!(sidecar.stop().success(), "{}", sidecar.log());
+        Look::into(&repository).matching("/tail/")
+    };
+    let kept = tails(&mut postgres, &mut sidecar, 3);
+    assert_eq!(kept.len(), 4, "a crash, and segments that were not marked yet: {kept:?}");
+    assert_eq!(tails(&mut postgres, &mut sidecar, 4), kept, "PostgreSQL doesn't archive");
+    assert!(sidecar.log().contains("PostgreSQL has marked none of its segments"), "{}", sidecar.log());
 }

@@ -99,6 +99,11 @@ impl FileName {
     pub fn is_segment(&self) -> bool {
         self.0.len() == 24
     }
+
+    /// Whether it's called as a timeline's history is.
+    pub fn is_history(&self) -> bool {
+        self.0.len() == "00000002.history".len() && self.0.ends_with(".history")
+    }
 }
 
 impl fmt::Display for FileName {

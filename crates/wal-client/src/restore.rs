@@ -6,7 +6,13 @@
 //!
 //! On a standby it is the other way round: 200 would end a server that streams happily, and 1 is harmless there, for it
 //! asks again every few seconds. Where `standby.signal` exists, 'can't tell' is said as 1, and at once,
-//! so that the standby can go on to its primary.
+//! so that the standby can go on to its primary. The daemon is told of it when a timeline history is asked for: for a
+//! standby one that it has seen before will do.
+//!
+//! There is a moment in between, the end of a promotion: PostgreSQL 15 (not 17) removes `standby.signal` or
+//! `recovery.signal` and then asks for the history of the timeline that it leaves. If 200 ended the server there, it
+//! would come up as a primary on that timeline. It has what it asks for in pg_wal, and takes it from there if it's told
+//! 1 (`StartupXLOG`, `writeTimeLineHistory` and `RestoreArchivedFile`): so 'can't tell' is said as 1 there as well.
 //!
 //! The daemon may leave a segment in pg_wal under a name of its own, where this is the directory that it shares; then
 //! only a rename is left to do. That it's done here, not there, is what keeps an answer to a process that was killed
@@ -70,7 +76,7 @@ pub fn restore(request: &RestoreRequest, address: SocketAddr, timeout: Duration,
         Ok(Answer::Elsewhere) => cannot_tell(world.cwd),
         Err(problem) => {
             problem.report(&format!("restore {}", request.file), "", world);
-            cannot_tell(world.cwd)
+            if ends_promotion(request, world.cwd) { EXIT_NOT_IN_ARCHIVE } else { cannot_tell(world.cwd) }
         }
     }
 }
@@ -85,6 +91,15 @@ fn is_standby(cwd: &Path) -> bool {
     cwd.join("standby.signal").exists()
 }
 
+/// Whether the server is about to begin its new timeline, and has the history that it asks for. The first timeline has
+/// none, and its server asks all the same.
+fn ends_promotion(request: &RestoreRequest, cwd: &Path) -> bool {
+    let signalled = ["standby.signal", "recovery.signal"].iter().any(|name| cwd.join(name).exists());
+    let name = request.file.to_string();
+    let has_it = || name == "00000001.history" || cwd.join("pg_wal").join(&name).exists();
+    request.file.is_history() && !signalled && has_it()
+}
+
 /// Tries until the deadline. The log gets a line when the waiting begins and one when it ends.
 fn fetch_through_outages(
     request: &RestoreRequest,
@@ -95,7 +110,8 @@ fn fetch_through_outages(
     let started = Instant::now();
     let deadline = started + timeout;
     let standby = is_standby(world.cwd);
-    let silence = if standby { SILENCE_ON_STANDBY } else { SILENCE };
+    let at_once = standby || ends_promotion(request, world.cwd);
+    let silence = if at_once { SILENCE_ON_STANDBY } else { SILENCE };
     let client = Client { address, deadline, silence, connect_timeout: CONNECT_TIMEOUT };
     let target = world.cwd.join(&request.to);
 
@@ -104,7 +120,7 @@ fn fetch_through_outages(
     let mut directory = if request.file.is_segment() { directory_of(&target) } else { None };
     let mut waiting = false;
     loop {
-        let problem = match fetch(request, tail, directory, &client, &target) {
+        let problem = match fetch(request, Terms { directory, tail, standby }, &client, &target) {
             // It can't be reached where it was left: then it has to be sent.
             Ok(Answer::Elsewhere) => {
                 directory = None;
@@ -123,7 +139,7 @@ fn fetch_through_outages(
             Err(problem) => problem,
         };
         let left = deadline.saturating_duration_since(Instant::now());
-        if standby || !problem.transient || left <= RETRY_EVERY {
+        if at_once || !problem.transient || left <= RETRY_EVERY {
             return Err(problem);
         }
         if !waiting {
@@ -135,18 +151,25 @@ fn fetch_through_outages(
     }
 }
 
-/// Asks once.
-fn fetch(
-    request: &RestoreRequest,
-    tail: bool,
+/// What the daemon is told beside the name.
+#[derive(Clone, Copy)]
+struct Terms {
+    /// Where the file may be left.
     directory: Option<u64>,
-    client: &Client,
-    target: &Path,
-) -> Result<Answer, Problem> {
+    /// The end of a stopped server's WAL will do.
+    tail: bool,
+    /// A standby asks.
+    standby: bool,
+}
+
+/// Asks once.
+fn fetch(request: &RestoreRequest, terms: Terms, client: &Client, target: &Path) -> Result<Answer, Problem> {
+    let Terms { directory, tail, standby } = terms;
     let query = [
         request.system_identifier.map(|id| format!("system-identifier={id}")),
         directory.map(|inode| format!("directory={inode}")),
         tail.then(|| "tail=yes".to_owned()),
+        (standby && request.file.is_history()).then(|| "standby=yes".to_owned()),
     ];
     let query = query.into_iter().flatten().collect::<Vec<_>>().join("&");
     let query = if query.is_empty() { query } else { format!("?{query}") };
@@ -350,6 +373,24 @@ mod tests {
     }
 
     #[test]
+    fn that_a_standby_asks_is_said_with_histories_alone() {
+        for (data, file, told) in [
+            (standby(), HISTORY, "?standby=yes HTTP/1.1"),
+            (pgdata(), HISTORY, " HTTP/1.1"),
+            (standby(), "00000002.histories", " HTTP/1.1"),
+        ] {
+            let server = Server::start([found(b"1\t0/1000000\tx\n")]);
+            assert_eq!(restore_in(&data, server.address, "1", file).code, 0);
+            let start = format!("GET /v1/wal/{file}{told}\r\n");
+            assert!(server.requests()[0].starts_with(&start), "{}", server.requests()[0]);
+        }
+        let data = standby();
+        let server = Server::start([testing::Answer::error(404, NOT_IN_ARCHIVE)]);
+        assert_eq!(restore_in(&data, server.address, "1", SEGMENT).code, 1);
+        assert!(!server.requests()[0].contains("standby"), "{}", server.requests()[0]);
+    }
+
+    #[test]
     fn two_processes_do_not_write_one_file() {
         let data = pgdata();
         let path = data.path().join("pg_wal/RECOVERYXLOG.pgsidecar-tmp");
@@ -497,6 +538,22 @@ mod tests {
         let codes = [(); 6].map(|()| restore_in(&data, server.address, "30", SEGMENT).code);
         assert_eq!(codes, [1, 1, 1, 1, 1, 0]);
         assert!(started.elapsed() < Duration::from_secs(3));
+    }
+
+    #[test]
+    fn at_the_end_of_a_promotion_what_the_server_has_itself_is_not_waited_for() {
+        let started = Instant::now();
+        let data = pgdata();
+        fs::write(data.path().join("pg_wal").join(HISTORY), "1\t0/1000000\tx\n").unwrap();
+        let restore = |file: &str| restore_in(&data, closed_port(), "2", file).code;
+        assert_eq!((restore(HISTORY), restore("00000001.history")), (1, 1));
+        assert!(started.elapsed() < Duration::from_secs(1));
+        // What it doesn't have, and segments in any case.
+        fs::write(data.path().join("pg_wal").join(SEGMENT), "").unwrap();
+        assert_eq!((restore("00000003.history"), restore(SEGMENT)), (200, 200));
+        // In a recovery it could be the end.
+        fs::write(data.path().join("recovery.signal"), "").unwrap();
+        assert_eq!((restore(HISTORY), restore("00000001.history")), (200, 200));
     }
 
     #[test]
