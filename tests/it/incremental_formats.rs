@@ -3,100 +3,46 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
 use pgsidecar_core::{
     Lsn,
-    backup_label::{BackupLabel, with_increment, without_increment},
+    backup_label::{with_increment, without_increment},
     backup_manifest::{WalRange, parse_manifest},
-    block_references::BlockReferences,
     data_directory::Fork,
     incremental_file::{IncrementalHeader, incremental_path, path_of_incremental},
     incremental_plan::{FileMethod, FullReason, IncrementalPlan, RelationPath},
-    merge::{BlockSource, Merge},
     page::{PAGE_SIZE, PageState, check_page},
     wal_summary::{WalSummaryName, covering},
 };
 
-use crate::support::{Postgres, Scratch, run, wait_until};
+use crate::support::{
+    Postgres, Scratch,
+    increments::{SEGMENT, base_backup, changed_between, files, header, label, merged, summarizing, tablespace, take},
+    run, wait_until,
+};
 
-const SEGMENT: u32 = 131_072;
-
-/// A server that summarizes its WAL, with nothing going on but what the test does.
-fn summarizing(scratch: &Scratch) -> Postgres {
-    let mut postgres = Postgres::initdb(scratch, 17, &["-k"]);
-    postgres.configure(&["summarize_wal = on", "autovacuum = off", "checkpoint_timeout = 1h", "max_wal_size = 10GB"]);
-    postgres.start(&[]);
-    postgres
+fn blocks_of(method: &FileMethod) -> usize {
+    if let FileMethod::Incremental(header) = method { header.blocks().len() } else { 0 }
 }
 
-/// pg_basebackup's, as files; an increment of `parent` if there is one.
-fn base_backup(postgres: &Postgres, scratch: &Scratch, name: &str, parent: Option<&Path>) -> PathBuf {
-    let directory = scratch.path().join(name);
-    let mut command = postgres.client("pg_basebackup");
-    command.args(["--checkpoint=fast", "--no-sync", "--wal-method=none", "-D"]).arg(&directory);
-    command.args([
-        "-T",
-        &format!("{}={}", tablespace(scratch).display(), scratch.path().join(name.to_owned() + "-space").display()),
-    ]);
-    if let Some(parent) = parent {
-        command.arg("--incremental").arg(parent.join("backup_manifest"));
+/// What the server decided, with the blocks that it should have taken as well.
+fn with_all_behind_the_cut(
+    theirs: &IncrementalHeader,
+    relation: &RelationPath,
+    limit: Option<u32>,
+    size: u64,
+) -> FileMethod {
+    let length = u32::try_from(size / PAGE_SIZE as u64).unwrap();
+    let cut = limit.map_or(length, |limit| limit - relation.file.segment * SEGMENT);
+    let blocks: BTreeSet<u32> = theirs.blocks().iter().copied().chain(cut..length).collect();
+    if blocks.len() as u64 * 10 > u64::from(length) * 9 {
+        return FileMethod::Full(FullReason::MostlyChanged);
     }
-    run(&mut command);
-    directory
-}
-
-fn tablespace(scratch: &Scratch) -> PathBuf {
-    scratch.path().join("space")
-}
-
-/// The paths of all regular files below a directory, links followed, without the manifest.
-fn files(root: &Path) -> BTreeSet<String> {
-    let mut files = BTreeSet::new();
-    let mut directories = vec![root.to_owned()];
-    while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            if fs::metadata(&path).unwrap().is_dir() {
-                directories.push(path);
-            } else {
-                files.insert(path.strip_prefix(root).unwrap().to_str().unwrap().to_owned());
-            }
-        }
-    }
-    files.remove("backup_manifest");
-    files
-}
-
-fn label(backup: &Path) -> BackupLabel {
-    fs::read_to_string(backup.join("backup_label")).unwrap().parse().unwrap()
-}
-
-/// What the summaries say changed between the starts of two backups.
-fn changed_between(postgres: &Postgres, parent: &Path, child: &Path) -> BlockReferences {
-    let manifest = parse_manifest(&fs::read(parent.join("backup_manifest")).unwrap()).unwrap();
-    let [WalRange { timeline, start, .. }] = manifest.wal_ranges[..] else { panic!("{:?}", manifest.wal_ranges) };
-    assert_eq!(start, label(parent).start);
-    let directory = postgres.data.join("pg_wal/summaries");
-    let names: Vec<WalSummaryName> = fs::read_dir(&directory)
-        .unwrap()
-        .filter_map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().ok())
-        .collect();
-    let chosen = covering(&names, &WalRange { timeline, start, end: label(child).start }).unwrap();
-    assert!(!chosen.is_empty());
-    chosen.iter().fold(BlockReferences::default(), |references, name| {
-        references.merge_summary(fs::File::open(directory.join(name.to_string())).unwrap()).unwrap()
-    })
-}
-
-fn header(path: &Path) -> IncrementalHeader {
-    let header = IncrementalHeader::read(&mut fs::File::open(path).unwrap(), SEGMENT).unwrap();
-    let bytes = fs::read(path).unwrap();
-    assert_eq!(header.file_length(), bytes.len() as u64, "{}", path.display());
-    assert!(bytes.starts_with(&header.to_bytes()), "{}", path.display());
-    header
+    let blocks = blocks.into_iter().collect();
+    FileMethod::Incremental(IncrementalHeader::new(theirs.truncation_block_length(), blocks, SEGMENT).unwrap())
 }
 
 /// Compares the server's decision for each of a backup's files with ours. Answers how often each was taken.
@@ -120,9 +66,11 @@ fn compare_plan(postgres: &Postgres, parent: &Path, child: &Path) -> BTreeMap<St
         let ours = plan.method(&relation, size, known);
         let theirs = marked.is_some().then(|| header(&child.join(&path)));
         let kind = match (&ours, theirs) {
-            (FileMethod::Incremental(ours), Some(theirs)) => {
-                assert_eq!(ours, &theirs, "{path}");
-                format!("incremental, {}", if ours.blocks().is_empty() { "unchanged" } else { "changed" })
+            (ours @ (FileMethod::Incremental(_) | FileMethod::Full(FullReason::MostlyChanged)), Some(theirs)) => {
+                let limit = references.get(&relation.fork()).and_then(|changed| changed.limit_block());
+                assert_eq!(*ours, with_all_behind_the_cut(&theirs, &relation, limit, size), "{path}");
+                let is_unchanged = *ours == FileMethod::Incremental(theirs) && blocks_of(ours) == 0;
+                format!("incremental, {}", if is_unchanged { "unchanged" } else { "changed" })
             }
             // Stricter than the server.
             (FileMethod::Full(FullReason::VisibilityMap), _) => {
@@ -138,40 +86,6 @@ fn compare_plan(postgres: &Postgres, parent: &Path, child: &Path) -> BTreeMap<St
         *taken.entry(kind).or_insert(0) += 1;
     }
     taken
-}
-
-/// A file of the newest backup of a chain, made of what the backups have (newest first).
-fn merged(chain: &[&Path], plain: &str) -> Vec<u8> {
-    let mut sources = Vec::new();
-    let mut headers = Vec::new();
-    for backup in chain {
-        let full = backup.join(plain);
-        if full.exists() {
-            sources.push(fs::read(full).unwrap());
-            break;
-        }
-        let path = backup.join(incremental_path(plain));
-        headers.push(header(&path));
-        sources.push(fs::read(path).unwrap());
-    }
-    assert_eq!(sources.len(), headers.len() + 1, "{plain}");
-    let full = sources.last().unwrap();
-    let Some((newest, older)) = headers.split_first() else { return full.clone() };
-    let merge = Merge::new(newest, older, full.len() as u64);
-    let mut made = Vec::new();
-    for run in merge.runs() {
-        let length = run.count as usize * PAGE_SIZE;
-        match run.source {
-            BlockSource::Zero => made.resize(made.len() + length, 0),
-            BlockSource::File { index, offset } => {
-                let offset = usize::try_from(offset).unwrap();
-                made.extend(&sources[index][offset..offset + length]);
-            }
-        }
-    }
-    assert_eq!(made.len() as u64, merge.size());
-    assert!(!merge.is_copy_of_full() || made == *full, "{plain}");
-    made
 }
 
 /// Compares what we make of a chain (newest first) with what pg_combinebackup makes of it.
@@ -305,6 +219,56 @@ fn plans_and_merges_are_those_of_postgres_pg17() {
     let incremental = compare_merge(&postgres, &scratch, "combined-2", &[&second, &first, &full]);
     assert!(incremental > 500, "{incremental}");
     checked_pages(&scratch.path().join("combined-2"));
+}
+
+/// Blocks that are empty where another version of the file has something.
+fn emptied(file: &[u8], other: &[u8]) -> usize {
+    let pages = |bytes: &[u8]| bytes.chunks(PAGE_SIZE).map(|page| page.iter().all(|b| *b == 0)).collect::<Vec<_>>();
+    pages(file).into_iter().zip(pages(other)).filter(|(empty, before)| *empty && !before).count()
+}
+
+#[test]
+fn rows_that_were_cut_off_do_not_come_back_pg17() {
+    let scratch = Scratch::new();
+    let postgres = summarizing(&scratch);
+    scratch.dir("space");
+    // COPY adds more blocks than it fills, and of those that stay empty no WAL tells.
+    let fill = |table: &str| postgres.sql(&format!("COPY {table} FROM PROGRAM 'seq -f %0200g 1 3000'"));
+    let cut = |table: &str| {
+        postgres.sql(&format!("DELETE FROM {table} WHERE ctid >= '(100,0)'"));
+        postgres.sql(&format!("VACUUM (TRUNCATE) {table}"));
+    };
+    for table in ["at_once", "later"] {
+        postgres.sql(&format!("CREATE TABLE {table} AS SELECT repeat('x', 200) || n FROM generate_series(1, 20000) n"));
+        postgres.sql(&format!("VACUUM (FREEZE) {table}"));
+    }
+    let path = |table: &str| postgres.sql(&format!("SELECT pg_relation_filepath('{table}')"));
+    let (at_once, later) = (path("at_once"), path("later"));
+    let live = |plain: &str| fs::read(postgres.data.join(plain)).unwrap();
+    let full = base_backup(&postgres, &scratch, "full", None);
+
+    cut("at_once");
+    cut("later");
+    fill("at_once");
+    let first = base_backup(&postgres, &scratch, "first", Some(&full));
+    let changed = changed_between(&postgres, &full, &first);
+    let ours_first = scratch.path().join("ours-first");
+    for plain in [&at_once, &later] {
+        take(&postgres, &changed, plain, &ours_first);
+        assert!(merged(&[&ours_first, &full], plain) == live(plain), "{plain}");
+    }
+    assert!(emptied(&live(&at_once), &fs::read(full.join(&at_once)).unwrap()) > 0);
+
+    fill("later");
+    let second = base_backup(&postgres, &scratch, "second", Some(&first));
+    let changed = changed_between(&postgres, &first, &second);
+    let ours_second = scratch.path().join("ours-second");
+    for plain in [&at_once, &later] {
+        take(&postgres, &changed, plain, &ours_second);
+        assert!(ours_second.join(incremental_path(plain)).exists());
+        assert!(merged(&[&ours_second, &ours_first, &full], plain) == live(plain), "{plain}");
+    }
+    assert!(emptied(&live(&later), &fs::read(full.join(&later)).unwrap()) > 0);
 }
 
 #[test]
