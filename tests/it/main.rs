@@ -13,6 +13,7 @@ mod by_hand;
 mod crash;
 mod daemon;
 mod failover;
+mod incremental_formats;
 mod memory;
 mod misconfiguration;
 mod outage;

@@ -1,9 +1,15 @@
 //! What an incremental backup takes of a relation's file: all of it, or the blocks that changed since its parent.
 //!
-//! The decision is that of PostgreSQL's own (`GetFileBackupMethod` in `basebackup_incremental.c`, 17 and 18), but for
-//! visibility maps, of which it always takes the whole: servers before late minor releases of 18 left out of the
-//! summaries that bits of it were cleared, and index-only scans went wrong. Files that are no relation's are always
-//! taken whole and don't come here.
+//! The decision is that of PostgreSQL's own (`GetFileBackupMethod` in `basebackup_incremental.c`, 17 and 18), but that
+//! two things more are taken:
+//!
+//! - Visibility maps always whole: servers before late minor releases of 18 left out of the summaries that bits of
+//!   them were cleared, and index-only scans went wrong.
+//! - All blocks from the limit block on, as `blkreftable.h` says that one has to. A relation that was cut and grew
+//!   again has blocks of which no WAL tells as long as they are empty: COPY adds many at a time. The server leaves
+//!   them out, and pg_combinebackup takes what was there before the cut: deleted rows are back (seen with 17.11).
+//!
+//! Files that are no relation's are always taken whole and don't come here.
 //!
 //! What has to hold before: the parent's WAL is a part of this server's history and ends before the backup begins,
 //! and the summaries cover all from the parent's start to the backup's.
@@ -133,13 +139,13 @@ impl<'a> IncrementalPlan<'a> {
         // A fork's last block is 2^32 - 2: files behind it aren't PostgreSQL's.
         let first = path.file.segment.checked_mul(self.segment_blocks).ok_or(FullReason::OddSize)?;
         let end = first.checked_add(blocks).ok_or(FullReason::OddSize)?;
-        // How many of this file's blocks were left after the deepest cut.
-        let left = match references.limit_block() {
+        // Where the deepest cut was, and how many of this file's blocks it left.
+        let (cut, left) = match references.limit_block() {
             Some(limit) if limit <= first => return Err(FullReason::NewContent),
-            Some(limit) => limit - first,
-            None => 0,
+            Some(limit) => (limit.min(end), limit - first),
+            None => (end, 0),
         };
-        let changed: Vec<u32> = references.blocks(first..end).map(|block| block - first).collect();
+        let changed: Vec<u32> = references.blocks(first..cut).chain(cut..end).map(|block| block - first).collect();
         if changed.len() as u64 * 10 > u64::from(blocks) * 9 {
             return Err(FullReason::MostlyChanged);
         }
@@ -203,12 +209,19 @@ mod tests {
 
     #[test]
     fn what_a_cut_left_counts_up_to_the_files_end() {
-        assert_eq!(method(Some(4), &[7], "base/5/16400", 10), incremental(10, &[7]));
         // Cut off again after the backup began.
         assert_eq!(method(Some(20), &[7], "base/5/16400", 10), incremental(20, &[7]));
         assert_eq!(method(Some(2 * SEGMENT), &[7], "base/5/16400", 10), incremental(SEGMENT, &[7]));
         assert_eq!(method(Some(SEGMENT + 20), &[], "base/5/16400.1", 10), incremental(20, &[]));
         assert_eq!(method(Some(5), &[], "base/5/16400", 0), incremental(5, &[]));
+    }
+
+    #[test]
+    fn all_that_grew_again_behind_a_cut_is_taken() {
+        assert_eq!(method(Some(7), &[2, 8], "base/5/16400", 10), incremental(10, &[2, 7, 8, 9]));
+        assert_eq!(method(Some(SEGMENT + 8), &[], "base/5/16400.1", 10), incremental(10, &[8, 9]));
+        assert_eq!(method(Some(0), &[], "base/5/16400_init", 1), incremental(1, &[]));
+        assert_eq!(method(Some(1), &[0], "base/5/16400", 10), FileMethod::Full(FullReason::MostlyChanged));
     }
 
     #[test]

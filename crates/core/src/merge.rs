@@ -2,7 +2,12 @@
 //!
 //! The rules are those of pg_combinebackup (`reconstruct_from_incremental_file` in `reconstruct.c`): the newest file
 //! says how long the result is; each block comes from the newest file that has it, down to the first full one; what
-//! none has is a block that the server added and wrote nothing to, which is all zero. Nothing here reads a file.
+//! none has is a block that the server added and wrote nothing to, which is all zero.
+//!
+//! But where pg_combinebackup goes on to search older files for a block behind the truncation block length of one
+//! between, here it is zero: the relation was shorter then, so that what older ones have there was cut off, and what
+//! grew there again later is empty unless a newer file has it. Taken from before the cut, deleted rows would be back
+//! (seen with 17.11). Nothing here reads a file.
 
 use crate::{incremental_file::IncrementalHeader, page::PAGE_SIZE};
 
@@ -61,6 +66,9 @@ impl Merge {
         }
         // From the oldest to the newest: the newer one has the last word.
         for (index, header) in older.iter().enumerate().rev() {
+            if let Some(cut_off) = sources.get_mut(header.truncation_block_length() as usize..) {
+                cut_off.fill(BlockSource::Zero);
+            }
             lay(header, index + 1, inherited, &mut sources);
         }
         lay(newest, 0, u32::MAX, &mut sources);
@@ -155,6 +163,15 @@ mod tests {
     }
 
     #[test]
+    fn what_was_cut_off_between_does_not_come_back() {
+        let merge = Merge::new(&header(9, &[7]), &[header(3, &[4]), header(9, &[0, 5])], 9 * BLOCK);
+        assert_eq!(
+            merge.runs(),
+            [run(2, 1, 0, 1), run(3, 1, 1, 2), zero(3, 1), run(1, 1, 4, 1), zero(5, 2), run(0, 1, 7, 1), zero(8, 1)]
+        );
+    }
+
+    #[test]
     fn an_unchanged_file_is_one_run_of_the_full_one() {
         let chain = vec![header(SEGMENT, &[]); 3];
         let size = u64::from(SEGMENT) * BLOCK;
@@ -166,23 +183,20 @@ mod tests {
         assert_eq!(Merge::new(&header(0, &[]), &[], BLOCK).size(), 0);
     }
 
-    /// The blocks' content instead of their places: what a file of the chain has of a block is its number there.
+    /// For each block the file that it comes from and its number there.
     fn naive(incrementals: &[IncrementalHeader], full: u32) -> Vec<Option<(usize, u64)>> {
-        let newest = &incrementals[0];
-        (0..newest.output_blocks())
-            .map(|block| {
-                for (index, header) in incrementals.iter().enumerate() {
-                    if index > 0 && block >= newest.truncation_block_length() {
-                        return None;
-                    }
-                    if let Some(place) = header.blocks().iter().position(|b| *b == block) {
-                        return Some((index, header.header_length() / BLOCK + place as u64));
-                    }
+        let of_block = |block: u32| {
+            for (index, header) in incrementals.iter().enumerate() {
+                if let Some(place) = header.blocks().iter().position(|b| *b == block) {
+                    return Some((index, header.header_length() / BLOCK + place as u64));
                 }
-                (block < full && block < newest.truncation_block_length())
-                    .then_some((incrementals.len(), u64::from(block)))
-            })
-            .collect()
+                if block >= header.truncation_block_length() {
+                    return None;
+                }
+            }
+            (block < full).then_some((incrementals.len(), u64::from(block)))
+        };
+        (0..incrementals[0].output_blocks()).map(of_block).collect()
     }
 
     proptest! {

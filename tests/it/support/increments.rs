@@ -1,0 +1,157 @@
+//! PostgreSQL's own incremental backups, and ours made by hand of what the pure core says.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use pgsidecar_core::{
+    backup_label::BackupLabel,
+    backup_manifest::{WalRange, parse_manifest},
+    block_references::BlockReferences,
+    incremental_file::{IncrementalHeader, incremental_path},
+    incremental_plan::{FileMethod, IncrementalPlan, RelationPath},
+    merge::{BlockSource, Merge},
+    page::PAGE_SIZE,
+    wal_summary::{WalSummaryName, covering},
+};
+
+use super::{Postgres, Scratch, run};
+
+/// Blocks in each file of a relation but its last.
+pub const SEGMENT: u32 = 131_072;
+
+/// A server that summarizes its WAL, with nothing going on but what the test does.
+pub fn summarizing(scratch: &Scratch) -> Postgres {
+    let mut postgres = Postgres::initdb(scratch, 17, &["-k"]);
+    postgres.configure(&["summarize_wal = on", "autovacuum = off", "checkpoint_timeout = 1h", "max_wal_size = 10GB"]);
+    postgres.start(&[]);
+    postgres
+}
+
+/// pg_basebackup's, as files; an increment of `parent` if there is one.
+pub fn base_backup(postgres: &Postgres, scratch: &Scratch, name: &str, parent: Option<&Path>) -> PathBuf {
+    let directory = scratch.path().join(name);
+    let mut command = postgres.client("pg_basebackup");
+    command.args(["--checkpoint=fast", "--no-sync", "--wal-method=none", "-D"]).arg(&directory);
+    command.args([
+        "-T",
+        &format!("{}={}", tablespace(scratch).display(), scratch.path().join(name.to_owned() + "-space").display()),
+    ]);
+    if let Some(parent) = parent {
+        command.arg("--incremental").arg(parent.join("backup_manifest"));
+    }
+    run(&mut command);
+    directory
+}
+
+/// Where the one tablespace lies, if the test makes one.
+pub fn tablespace(scratch: &Scratch) -> PathBuf {
+    scratch.path().join("space")
+}
+
+/// The paths of all regular files below a directory, links followed, without the manifest.
+pub fn files(root: &Path) -> BTreeSet<String> {
+    let mut files = BTreeSet::new();
+    let mut directories = vec![root.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if fs::metadata(&path).unwrap().is_dir() {
+                directories.push(path);
+            } else {
+                files.insert(path.strip_prefix(root).unwrap().to_str().unwrap().to_owned());
+            }
+        }
+    }
+    files.remove("backup_manifest");
+    files
+}
+
+/// The backup's label.
+pub fn label(backup: &Path) -> BackupLabel {
+    fs::read_to_string(backup.join("backup_label")).unwrap().parse().unwrap()
+}
+
+/// What the summaries say changed between the starts of two backups.
+pub fn changed_between(postgres: &Postgres, parent: &Path, child: &Path) -> BlockReferences {
+    let manifest = parse_manifest(&fs::read(parent.join("backup_manifest")).unwrap()).unwrap();
+    let [WalRange { timeline, start, .. }] = manifest.wal_ranges[..] else { panic!("{:?}", manifest.wal_ranges) };
+    assert_eq!(start, label(parent).start);
+    let directory = postgres.data.join("pg_wal/summaries");
+    let names: Vec<WalSummaryName> = fs::read_dir(&directory)
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().ok())
+        .collect();
+    let chosen = covering(&names, &WalRange { timeline, start, end: label(child).start }).unwrap();
+    assert!(!chosen.is_empty());
+    chosen.iter().fold(BlockReferences::default(), |references, name| {
+        references.merge_summary(fs::File::open(directory.join(name.to_string())).unwrap()).unwrap()
+    })
+}
+
+/// The header of an incremental file that is as long as it says and begins as we would write it.
+pub fn header(path: &Path) -> IncrementalHeader {
+    let header = IncrementalHeader::read(&mut fs::File::open(path).unwrap(), SEGMENT).unwrap();
+    let bytes = fs::read(path).unwrap();
+    assert_eq!(header.file_length(), bytes.len() as u64, "{}", path.display());
+    assert!(bytes.starts_with(&header.to_bytes()), "{}", path.display());
+    header
+}
+
+/// A file of the newest backup of a chain, made of what the backups have (newest first).
+pub fn merged(chain: &[&Path], plain: &str) -> Vec<u8> {
+    let mut sources = Vec::new();
+    let mut headers = Vec::new();
+    for backup in chain {
+        let full = backup.join(plain);
+        if full.exists() {
+            sources.push(fs::read(full).unwrap());
+            break;
+        }
+        let path = backup.join(incremental_path(plain));
+        headers.push(header(&path));
+        sources.push(fs::read(path).unwrap());
+    }
+    assert_eq!(sources.len(), headers.len() + 1, "{plain}");
+    let full = sources.last().unwrap();
+    let Some((newest, older)) = headers.split_first() else { return full.clone() };
+    let merge = Merge::new(newest, older, full.len() as u64);
+    let mut made = Vec::new();
+    for run in merge.runs() {
+        let length = run.count as usize * PAGE_SIZE;
+        match run.source {
+            BlockSource::Zero => made.resize(made.len() + length, 0),
+            BlockSource::File { index, offset } => {
+                let offset = usize::try_from(offset).unwrap();
+                made.extend(&sources[index][offset..offset + length]);
+            }
+        }
+    }
+    assert_eq!(made.len() as u64, merge.size());
+    assert!(!merge.is_copy_of_full() || made == *full, "{plain}");
+    made
+}
+
+/// Writes what our plan takes of a file into a directory, as the shell of a backup would.
+pub fn take(postgres: &Postgres, references: &BlockReferences, plain: &str, into: &Path) {
+    let bytes = fs::read(postgres.data.join(plain)).unwrap();
+    let relation = RelationPath::parse(plain).unwrap();
+    let target = |path: &str| {
+        let target = into.join(path);
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        target
+    };
+    match IncrementalPlan::new(references, SEGMENT).method(&relation, bytes.len() as u64, true) {
+        FileMethod::Full(_) => fs::write(target(plain), &bytes).unwrap(),
+        FileMethod::Incremental(header) => {
+            let mut file = header.to_bytes();
+            for block in header.blocks() {
+                let start = *block as usize * PAGE_SIZE;
+                file.extend(&bytes[start..start + PAGE_SIZE]);
+            }
+            fs::write(target(&incremental_path(plain)), file).unwrap();
+        }
+    }
+}
