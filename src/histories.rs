@@ -7,13 +7,20 @@
 //! A standby gets them also while the store is away ([`KnownHistories`]): with them it finds its primary's timeline, and
 //! if it's promoted, one that nobody has taken.
 
-use std::{collections::BTreeMap, fs, sync::Mutex, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    sync::Mutex,
+    time::Duration,
+};
 
 use bytes::Bytes;
-use pgsidecar_core::{ArchiveFileName, ContentId, SystemIdentifier, TimelineHistory, TimelineId};
+use pgsidecar_core::{ArchiveFileName, SystemIdentifier, TimelineHistory, TimelineId};
 use tokio::sync::watch;
 
 use crate::{
+    codec::{self, HashingWriter},
     failure::{Code, Failure},
     pgdata::DataDirectory,
     repository::{Repository, Stored},
@@ -61,9 +68,15 @@ pub async fn check_not_taken(
     let waiting = pgdata.ready_files(1, is_current).map_err(|error| Failure::io("reading archive_status", &error))?;
     let Some(name) = waiting.first() else { return Ok(()) };
     let key = repository.layout().wal(name);
-    let Some((_, theirs)) = repository.read_plain(&key, std::io::sink()).await? else { return Ok(()) };
-    match fs::read(pgdata.wal().join(name.to_string())) {
-        Ok(ours) if ContentId::of(&ours) != theirs => Err(taken_twice(name)),
+    let Some((theirs, _)) = repository.read_plain(&key, HashingWriter::new(io::sink())).await? else { return Ok(()) };
+    let path = pgdata.wal().join(name.to_string());
+    let hash = move || {
+        let mut ours = HashingWriter::new(io::sink());
+        codec::copy(&mut File::open(path)?, &mut ours)?;
+        Ok::<_, io::Error>(ours.finish().1)
+    };
+    match tokio::task::spawn_blocking(hash).await? {
+        Ok(ours) if ours != theirs.finish().1 => Err(taken_twice(name)),
         // What can't be read is told by who archives it.
         Ok(_) | Err(_) => Ok(()),
     }

@@ -13,6 +13,7 @@ pub mod source;
 pub mod spool;
 pub mod standby;
 pub mod statistics;
+mod storing;
 pub mod survey;
 mod tail;
 pub mod verify;

@@ -14,6 +14,7 @@ use pgsidecar_core::{ArchiveFileName, ClusterState, ContentId, SegmentName, layo
 use super::{
     Origin,
     check::{self, Check},
+    storing::{Source, content},
 };
 use crate::{
     codec::{self, HashingWriter},
@@ -39,16 +40,16 @@ pub async fn keep(origin: &Origin) -> Result<(), Failure> {
         tokio::task::spawn_blocking(move || unmarked_segments(&origin)).await??
     };
     for segment in looked {
-        let content = {
+        let kept = {
             let origin = origin.clone();
             tokio::task::spawn_blocking(move || hash(&origin, segment)).await??
         };
         let repository = &origin.repository;
-        let key = repository.layout().tail(segment, &content.sha256);
+        let key = repository.layout().tail(segment, &kept.sha256);
         let name = format!("the tail in {segment}");
         let (file, stamp) = open(origin, segment)?;
         let check = Check { name: ArchiveFileName::Segment(segment), control: origin.control, stamp: None };
-        let stream = codec::compress(repository.level(), super::archive::content_of_file(check, file, stamp.size));
+        let stream = codec::compress(repository.level(), content(check, Source::File(file, stamp.size)));
         if repository.store_stream(&key, &name, stream).await?.0 == Stored::New {
             tracing::info!(%segment, "kept the end of the WAL beside the archive");
         }
