@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use pgsidecar_core::{ContentId, Sha256Digest};
+use pgsidecar_core::{ContentId, Sha256Digest, backup::StoredObject};
 use sha2::{Digest, Sha256};
 use tokio::{sync::mpsc, task::JoinHandle};
 
@@ -183,6 +183,25 @@ impl<R: Read> HashingReader<R> {
     /// The identity of what was read.
     pub fn finish(self) -> ContentId {
         ContentId { sha256: Sha256Digest::new(self.hasher.finalize().into()), size: self.length }
+    }
+
+    /// Reads to the end and compares with what was stored; says how it differs.
+    ///
+    /// # Errors
+    /// A description of the damage.
+    pub fn check(mut self, stored: StoredObject) -> Result<(), String> {
+        copy(&mut self, &mut io::sink()).map_err(|error| error.to_string())?;
+        let found = self.finish();
+        if found.size == stored.size && found.sha256 == stored.sha256 {
+            return Ok(());
+        }
+        Err(format!(
+            "it has {} bytes with SHA-256 {}, stored were {} with {}",
+            found.size,
+            found.sha256.short(),
+            stored.size,
+            stored.sha256.short()
+        ))
     }
 }
 

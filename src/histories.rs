@@ -88,6 +88,12 @@ fn taken_twice(name: &ArchiveFileName) -> Failure {
     Failure::new(Code::Conflict, what).hint(TAKEN_TWICE)
 }
 
+/// The history of a timeline, as it lies in pg_wal. `None` if it doesn't, or can't be read.
+pub fn in_pg_wal(pgdata: &DataDirectory, timeline: TimelineId) -> Option<TimelineHistory> {
+    let path = pgdata.wal().join(ArchiveFileName::History(timeline).to_string());
+    TimelineHistory::parse(timeline, &fs::read(path).ok()?).ok()
+}
+
 /// Ships every timeline history of pg_wal that the repository lacks.
 ///
 /// One that differs from what the repository has is left alone, with a warning: two servers have promoted to one

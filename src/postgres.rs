@@ -51,6 +51,8 @@ pub struct ServerFacts {
     pub archive_library: String,
     /// `full_page_writes`
     pub full_page_writes: bool,
+    /// `summarize_wal` (17 and later).
+    pub summarize_wal: bool,
 }
 
 impl ServerFacts {
@@ -145,6 +147,7 @@ impl Session {
                 archive_command: String::new(),
                 archive_library: String::new(),
                 full_page_writes: true,
+                summarize_wal: false,
             },
         };
         session.server = session.facts().await?;
@@ -176,7 +179,8 @@ impl Session {
                  coalesce((SELECT setting FROM pg_settings WHERE name = 'data_directory'), ''), \
                  current_setting('wal_level'), current_setting('archive_mode'), \
                  coalesce((SELECT setting FROM pg_settings WHERE name = 'archive_command'), ''), \
-                 coalesce(current_setting('archive_library', true), ''), current_setting('full_page_writes') = 'on'",
+                 coalesce(current_setting('archive_library', true), ''), current_setting('full_page_writes') = 'on', \
+                 coalesce(current_setting('summarize_wal', true), 'off') = 'on'",
                 &[],
                 STATEMENT_TIMEOUT,
             )
@@ -192,6 +196,7 @@ impl Session {
             archive_command: get(&row, 6)?,
             archive_library: get(&row, 7)?,
             full_page_writes: get(&row, 8)?,
+            summarize_wal: get(&row, 9)?,
         })
     }
 
@@ -273,6 +278,28 @@ impl Session {
         let sql = "SELECT coalesce(sum(pg_tablespace_size(oid)), 0)::int8 FROM pg_tablespace";
         let row = self.row(sql, &[], STATEMENT_TIMEOUT).await.ok()?;
         get::<i64>(&row, 0).ok().and_then(|bytes| u64::try_from(bytes).ok())
+    }
+
+    /// The name of a database; of the one that is connected to for 0, by which shared relations go.
+    ///
+    /// # Errors
+    /// What PostgreSQL says.
+    pub async fn database_name(&self, oid: u32) -> Result<String, Failure> {
+        let sql = "SELECT CASE WHEN $1 = 0 THEN current_database() ELSE (SELECT datname FROM pg_database WHERE oid = $1) END::text";
+        let row = self.row(sql, &[&oid], STATEMENT_TIMEOUT).await?;
+        get(&row, 0)
+    }
+
+    /// The relation of the connected database whose files have this number, as `database.schema.name`.
+    ///
+    /// # Errors
+    /// What PostgreSQL says.
+    pub async fn relation_name(&self, tablespace: u32, number: u32) -> Result<Option<String>, Failure> {
+        let sql = "SELECT (SELECT format('%I.%I.%I', current_database(), n.nspname, c.relname) \
+                   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                   WHERE c.oid = pg_filenode_relation($1, $2))";
+        let row = self.row(sql, &[&tablespace, &number], STATEMENT_TIMEOUT).await?;
+        get(&row, 0)
     }
 
     /// How far a standby has replayed; `None` on a primary.

@@ -122,6 +122,7 @@ pub struct Listing {
     index_object: Growing,
     buffer: Vec<u8>,
     files: u64,
+    restored_bytes: u64,
 }
 
 /// What the lists became.
@@ -132,6 +133,8 @@ pub struct Listed {
     pub index: StoredObject,
     /// Number of files.
     pub files: u64,
+    /// Bytes of the files when they are restored.
+    pub restored_bytes: u64,
 }
 
 impl Listing {
@@ -151,6 +154,7 @@ impl Listing {
             index_object: Growing::start(runtime, repository, id, BackupObject::Index)?,
             buffer: Vec::new(),
             files: 0,
+            restored_bytes: 0,
         })
     }
 
@@ -160,6 +164,7 @@ impl Listing {
     /// If they can't be uploaded; [`Listing::finish`] tells why.
     pub fn add(&mut self, entry: &FileEntry) -> io::Result<()> {
         self.files += 1;
+        self.restored_bytes += entry.restored.unwrap_or(entry.size);
         self.buffer.clear();
         self.manifest.add_file(&mut self.buffer, &entry.path, entry.size, entry.modified, entry.crc32c);
         self.manifest_object.encoder.write_all(&self.buffer)?;
@@ -180,6 +185,7 @@ impl Listing {
             return Err(self.manifest_object.uploading.explain(&error));
         }
         let index = self.index_object.finish()?;
-        Ok(Listed { manifest: self.manifest_object.finish()?, index, files: self.files })
+        let (files, restored_bytes) = (self.files, self.restored_bytes);
+        Ok(Listed { manifest: self.manifest_object.finish()?, index, files, restored_bytes })
     }
 }

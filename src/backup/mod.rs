@@ -2,9 +2,10 @@
 //!
 //! The order of effects, and what a crash between two of them leaves:
 //!
-//! 1. `started.json` claims the id. A crash from here on leaves objects without `backup.json`: not a backup, never
-//!    listed, removed by the next run of the same pod.
-//! 2. `pg_backup_start` in a session of its own. When we die the session ends, and PostgreSQL holds nothing.
+//! 1. `pg_backup_start` in a session of its own. When we die the session ends, and PostgreSQL holds nothing. An
+//!    incremental backup then waits until PostgreSQL has summarized its WAL up to here, or becomes a full one.
+//! 2. `started.json` claims the id, which tells the kind. A crash from here on leaves objects without `backup.json`: not a
+//!    backup, never listed, removed by the next run of the same pod.
 //! 3. The files, in parallel, into parts; the lists grow along.
 //! 4. `pg_control`, the last file that is read, so that its minimum recovery point covers every page of a standby's backup.
 //! 5. `pg_backup_stop`; the session is closed, whatever comes.
@@ -13,52 +14,51 @@
 //! 8. Every part is looked up once more: what is listed must be there.
 //! 9. `backup.json`, the commit marker. From here on it's a backup.
 
+mod claim;
+mod complete;
+mod damage;
+pub mod incremental;
+pub mod index;
+pub mod kind;
 pub mod listing;
+mod pace;
 pub mod pack;
 pub mod part;
+pub mod reading;
 pub mod walk;
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::sync::{Arc, atomic::Ordering::Relaxed};
 
-use jiff::Timestamp;
 use pgsidecar_core::{
-    ArchiveFileName, BackupId, BackupKind, BackupRecord, ControlFile, ObjectKey, SegmentName, TimelineHistory,
-    TimelineId,
+    BackupId, BackupRecord, ControlFile,
     backup::{BACKUP_FORMAT, TablespaceRecord},
-    backup_label::{BackupLabel, TablespaceMap},
+    backup_label::{BackupLabel, TablespaceMap, with_increment},
     backup_manifest::{ManifestVersion, ManifestWriter, WalRange},
+    chain::{BackupType, Choice},
     data_directory::tablespace_version_directory,
     layout::{BackupObject, RepositoryObject},
-    plan::WalScan,
+    page::PAGE_SIZE,
 };
 use tokio::runtime::Handle;
 
 use self::{
+    claim::{claim, remove, remove_remains},
+    complete::{check_parts, wait_for_wal},
+    kind::Basis,
     listing::Listing,
-    pack::{LastFile, Packer, Progress, Source},
+    pack::{LastFile, Packer, PageRule, Progress, Source},
 };
 use crate::{
     failure::{Code, Failure},
     histories,
     pgdata::DataDirectory,
-    postgres::{BackupStop, Session},
-    repository::{BackupClaim, Repository},
+    postgres::{BackupStart, BackupStop, Session},
+    repository::Repository,
     settings::WorkSettings,
-    store::{ListRequest, Pages},
 };
 
 /// PostgreSQL's limit for the label is MAXPGPATH.
 const MAX_LABEL_BYTES: usize = 1000;
-const WAL_POLL: Duration = Duration::from_millis(500);
-/// How many ids are tried: each second has one.
-const CLAIM_TRIES: i64 = 10;
 
 /// What is wanted.
 #[derive(Clone, Debug)]
@@ -67,6 +67,10 @@ pub struct BackupRequest {
     pub label: String,
     /// Whether the checkpoint at the start is immediate instead of spread.
     pub fast: bool,
+    /// What kind of backup.
+    pub wanted: BackupType,
+    /// Bytes of the data directory that are read in a second, at most; `None` for the setting's.
+    pub max_rate: Option<u64>,
 }
 
 /// Stops the threads when the task that waits for them is dropped.
@@ -78,7 +82,7 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Takes a full base backup.
+/// Takes a base backup.
 ///
 /// # Errors
 /// What went wrong, with the step. Nothing is listed then, and PostgreSQL holds nothing for it.
@@ -101,18 +105,33 @@ pub async fn create(
     check_same_server(&session, &control, pgdata)?;
     repository.note_cluster(control.wal_segment_size).await?;
     histories::ship(repository, pgdata).await?;
+    let choice = kind::choose(repository, pgdata, session.server(), settings, request.wanted).await?;
 
-    let id = claim(repository, &settings.instance, removed).await?;
-    tracing::info!(backup = %id, label = request.label, fast = request.fast, "base backup: waiting for the checkpoint");
-    let taken =
-        Taking { repository, pgdata, settings, request, id, control, progress: progress.clone() }.take(session).await;
-    match taken {
+    let total = session.total_size().await.unwrap_or(0);
+    progress.total_bytes.store(total, Relaxed);
+    progress.pace.limit(request.max_rate.or(settings.max_rate));
+    tracing::info!(
+        label = request.label, fast = request.fast, kind = %choice.kind, because = choice.because,
+        "base backup: waiting for the checkpoint"
+    );
+    let start = progress.unless_cancelled(session.backup_start(&request.label, request.fast)).await?;
+    let basis = progress.unless_cancelled(kind::found(repository, pgdata, choice, request.wanted, start.lsn)).await?;
+    let id = claim(repository, &settings.instance, basis.choice.kind, removed).await?;
+    tracing::info!(backup = %id, start_lsn = %start.lsn, "base backup: reading files");
+    let taking = Taking { repository, pgdata, settings, id, control, start, progress: progress.clone() };
+    match taking.take(session, basis).await {
         Ok(record) => {
             tracing::info!(
                 backup = %id, files = record.files, bytes = record.plain_bytes(), stored_bytes = record.stored_bytes(),
                 start_lsn = %record.start_lsn, stop_lsn = %record.stop_lsn, warnings = record.warnings.len(),
                 "base backup complete"
             );
+            if !record.damaged.is_empty() {
+                tracing::error!(
+                    backup = %id, pages = record.damaged_pages(), files = record.damaged.len(),
+                    "the database has damaged pages; 'pgsidecar backup show' names them"
+                );
+            }
             Ok(record)
         }
         Err(failure) if progress.committing.load(Relaxed) => Err(failure
@@ -125,30 +144,47 @@ pub async fn create(
     }
 }
 
+/// What kind of backup it would be now, and why.
+///
+/// # Errors
+/// What would keep it from being taken.
+pub async fn plan(
+    repository: &Repository,
+    pgdata: &DataDirectory,
+    settings: &WorkSettings,
+    wanted: BackupType,
+) -> Result<Choice, Failure> {
+    let session = Session::connect(&settings.connection).await?;
+    check_same_server(&session, &pgdata.control()?, pgdata)?;
+    kind::choose(repository, pgdata, session.server(), settings, wanted).await
+}
+
 /// A backup whose id has been claimed.
 struct Taking<'a> {
     repository: &'a Repository,
     pgdata: &'a DataDirectory,
     settings: &'a WorkSettings,
-    request: &'a BackupRequest,
     id: BackupId,
     control: ControlFile,
+    start: BackupStart,
     progress: Arc<Progress>,
 }
 
 impl Taking<'_> {
-    /// Steps 2 to 9.
-    async fn take(self, session: Session) -> Result<BackupRecord, Failure> {
-        let Taking { repository, pgdata, settings, request, id, control, progress } = self;
-        progress.total_bytes.store(session.total_size().await.unwrap_or(0), Relaxed);
+    /// Steps 3 to 9.
+    async fn take(self, session: Session, basis: Basis) -> Result<BackupRecord, Failure> {
+        let Taking { repository, pgdata, settings, id, control, start, progress } = self;
         let server = session.server().clone();
-        let start = progress.unless_cancelled(session.backup_start(&request.label, request.fast)).await?;
-        tracing::info!(backup = %id, start_lsn = %start.lsn, "base backup: reading files");
-
         let source = Source {
             root: pgdata.path().to_owned(),
             major: server.major(),
             tablespace_directory: tablespace_version_directory(server.major(), control.catalog_version),
+            pages: PageRule {
+                checked: control.data_checksums,
+                backup_start: start.lsn,
+                segment_blocks: control.relation_segment_blocks,
+            },
+            base: basis.base,
         };
         let packer = Packer::new(repository.clone(), id, source, settings, progress.clone());
         let manifest = ManifestWriter::new(ManifestVersion::for_major(server.major()), control.system_identifier);
@@ -172,15 +208,18 @@ impl Taking<'_> {
         let (packer, mut listing, mut parts, found) = packed?;
 
         let (control_bytes, control_at_end) = blocking(pgdata, |pgdata| pgdata.control_bytes()).await?;
-        let stop = session.backup_stop().await?;
+        let mut stop = session.backup_stop().await?;
         drop(session);
         tracing::info!(backup = %id, stop_lsn = %stop.lsn, "base backup: files read, PostgreSQL released");
 
         let label: BackupLabel = stop.label_file.parse().map_err(Failure::internal)?;
         let tablespaces: TablespaceMap = stop.tablespace_map.parse().map_err(Failure::internal)?;
         // Replay makes such a tablespace anew, and can't where its files are already.
-        let late =
-            found.tablespaces.iter().find(|oid| !tablespaces.0.iter().any(|(known, _)| known.to_string() == **oid));
+        let late = found
+            .walk
+            .tablespaces
+            .iter()
+            .find(|oid| !tablespaces.0.iter().any(|(known, _)| known.to_string() == **oid));
         if let Some(oid) = late {
             return Err(Failure::new(Code::Busy, format!("the tablespace {oid} was created while the backup ran"))
                 .hint("Take the backup again."));
@@ -193,6 +232,9 @@ impl Taking<'_> {
         }
         let version = std::fs::read(pgdata.path().join("PG_VERSION"))
             .map_err(|error| Failure::io("reading PG_VERSION", &error))?;
+        if let Some(parent) = &basis.parent {
+            stop.label_file = with_increment(&stop.label_file, parent.start_lsn, parent.timeline);
+        }
         let last = last_files(&stop, control_bytes, version);
         let wal = [WalRange { timeline: label.timeline, start: start.lsn, end: stop.lsn }];
         let (last_part, listed) = tokio::task::spawn_blocking(move || {
@@ -205,7 +247,7 @@ impl Taking<'_> {
         let record = BackupRecord {
             format: BACKUP_FORMAT,
             id,
-            parent: None,
+            parent: basis.parent.map(|parent| parent.id),
             system_identifier: control.system_identifier,
             server_version: server.version,
             timeline: label.timeline,
@@ -223,7 +265,9 @@ impl Taking<'_> {
             manifest: listed.manifest,
             index: listed.index,
             files: listed.files,
-            warnings: found.warnings,
+            restored_bytes: listed.restored_bytes,
+            damaged: damage::named(&settings.connection, found.damaged).await,
+            warnings: found.walk.warnings,
             writer: concat!("pgsidecar ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         progress.unless_cancelled(wait_for_wal(repository, pgdata, &record, settings.backup_wal_timeout)).await?;
@@ -271,6 +315,16 @@ fn check_same_server(session: &Session, control: &ControlFile, pgdata: &DataDire
             "PGHOST and PGPORT lead to another server than the one whose volume is mounted here. Correct one of them.",
         ));
     }
+    // Never assumed: page checksums and incremental files count in blocks.
+    if control.block_size as usize != PAGE_SIZE {
+        return Err(Failure::new(
+            Code::Misconfigured,
+            format!("the database has blocks of {} bytes, and pgsidecar backs up those with 8,192", control.block_size),
+        )
+        .hint(
+            "PostgreSQL was compiled with another block size (--with-blocksize). Its WAL is archived all the same.",
+        ));
+    }
     if server.wal_level == "minimal" {
         return Err(Failure::new(
             Code::Misconfigured,
@@ -293,181 +347,4 @@ fn check_same_server(session: &Session, control: &ControlFile, pgdata: &DataDire
         .hint("Turn full_page_writes on at the primary."));
     }
     Ok(())
-}
-
-/// The second of the last id that this process has claimed.
-static LAST_CLAIMED: AtomicI64 = AtomicI64::new(0);
-
-/// Claims an id: that of this second, or of one of the next if another took it. One that was there before and has been
-/// removed is never used again: stores and their caches may still know something under its keys.
-async fn claim(repository: &Repository, instance: &str, removed: Option<BackupId>) -> Result<BackupId, Failure> {
-    let used = removed.map_or(0, |id| id.began().as_second()).max(LAST_CLAIMED.load(Relaxed));
-    let now = Timestamp::now();
-    let now = Timestamp::from_second(now.as_second().max(used + 1)).unwrap_or(now);
-    let attempt = format!("{}-{}", std::process::id(), Timestamp::now().as_nanosecond());
-    for second in 0..CLAIM_TRIES {
-        let began = Timestamp::from_second(now.as_second() + second).unwrap_or(now);
-        let id = BackupId::new(began, BackupKind::Full);
-        let claim = BackupClaim { id, instance: instance.to_owned(), attempt: attempt.clone() };
-        match repository.store_json(&RepositoryObject::Backup(id, BackupObject::Started), &claim).await {
-            Ok(_) => {
-                LAST_CLAIMED.store(began.as_second(), Relaxed);
-                return Ok(id);
-            }
-            Err(failure) if failure.code == Code::Conflict => {}
-            Err(failure) => return Err(failure),
-        }
-    }
-    Err(Failure::new(Code::Busy, "no id for the backup could be had: others take one each second").hint("Try again."))
-}
-
-/// Waits until all the WAL of the backup is in the repository, and PostgreSQL knows it: a name that is there while
-/// PostgreSQL still asks to have its own file archived may be another server's.
-async fn wait_for_wal(
-    repository: &Repository,
-    pgdata: &DataDirectory,
-    record: &BackupRecord,
-    timeout: Duration,
-) -> Result<(), Failure> {
-    let size = record.wal_segment_size;
-    let last = size.start_of(size.previous_segment_number(record.stop_lsn));
-    let history = history_of(repository, record.timeline).await?;
-    let began = tokio::time::Instant::now();
-    let mut told = false;
-    // What has been seen isn't listed again: the scan goes on where it was.
-    let mut scan = WalScan::new(history, size, record.start_lsn);
-    loop {
-        let looked = repository.scan_wal(scan.clone(), Some(last)).await;
-        let missing = match looked {
-            Ok(seen) if seen.reaches(last) => match unacknowledged(pgdata, record) {
-                None => return Ok(()),
-                Some(segment) => Ok(segment),
-            },
-            Ok(seen) => {
-                let missing = seen.finish().missing;
-                scan = seen.resumed();
-                Ok(missing)
-            }
-            Err(failure) => Err(failure),
-        };
-        if began.elapsed() > timeout {
-            let missing = missing?;
-            let failure = Failure::new(
-                Code::Timeout,
-                format!(
-                    "WAL segment {missing}, which the backup needs, has not arrived in the repository within {timeout:?}"
-                ),
-            );
-            return Err(if record.from_standby {
-                failure.hint("Nothing makes a standby switch segments: run SELECT pg_switch_wal() on the primary, and look at its archive_command.")
-            } else {
-                failure.hint("Look at archive_command, at pg_stat_archiver and at PostgreSQL's log; 'pgsidecar check' tries the way.")
-            });
-        }
-        if !told {
-            tracing::info!(backup = %record.id, "base backup: waiting for its WAL to be archived");
-            told = true;
-        }
-        tokio::time::sleep(WAL_POLL).await;
-    }
-}
-
-/// The first segment of the backup that PostgreSQL still wants to have archived.
-fn unacknowledged(pgdata: &DataDirectory, record: &BackupRecord) -> Option<SegmentName> {
-    let size = record.wal_segment_size;
-    let numbers = size.segment_number(record.start_lsn)..=size.previous_segment_number(record.stop_lsn);
-    let mut segments = numbers.map(|number| SegmentName::from_number(record.timeline, number, size));
-    segments.find(|segment| pgdata.is_ready(&ArchiveFileName::Segment(*segment)))
-}
-
-async fn history_of(repository: &Repository, timeline: TimelineId) -> Result<TimelineHistory, Failure> {
-    let name = ArchiveFileName::History(timeline);
-    match repository.history(timeline).await? {
-        Some(history) => Ok(history),
-        None if timeline == TimelineId::FIRST => Ok(TimelineHistory::first(timeline)),
-        None => Err(Failure::new(Code::DataDirectory, format!("the timeline history {name} is neither in the repository nor in pg_wal"))
-            .hint("Without it no restore can follow the timeline. Copy it from another server of the cluster into pg_wal and try again.")),
-    }
-}
-
-/// Looks every object up once more: another run could have taken ours for remains.
-async fn check_parts(repository: &Repository, record: &BackupRecord) -> Result<(), Failure> {
-    let key = |object| repository.layout().backup(record.id, object);
-    let mut missing: BTreeMap<ObjectKey, u64> =
-        record.parts.iter().map(|part| (key(BackupObject::Part(part.number)), part.stored.size)).collect();
-    missing.insert(key(BackupObject::Manifest), record.manifest.size);
-    missing.insert(key(BackupObject::Index), record.index.size);
-    let mut pages = Pages::new(repository.store(), ListRequest::under(repository.layout().backup_prefix(record.id)));
-    while let Some(page) = pages.next().await? {
-        for object in page.objects {
-            if missing.get(&object.key) == Some(&object.size) {
-                missing.remove(&object.key);
-            }
-        }
-    }
-    match missing.keys().next() {
-        None => Ok(()),
-        Some(key) => Err(Failure::new(Code::Damaged, format!("{key} was stored, and isn't there any more as it was"))
-            .hint("Find out who deletes or changes objects in the repository, then take the backup again.")),
-    }
-}
-
-/// Removes what killed backups of this pod have left. As far as it goes: it's tidying, nothing depends on it.
-/// Answers with the youngest that there was.
-async fn remove_remains(repository: &Repository, instance: &str) -> Option<BackupId> {
-    let remains = async {
-        let mut remains = Vec::new();
-        for id in repository.backup_ids().await? {
-            let started = RepositoryObject::Backup(id, BackupObject::Started);
-            // The order matters: a record that appears after we looked for it would be a backup that is complete.
-            let claim: Option<BackupClaim> = repository.read_json(&started).await?;
-            if claim.is_some_and(|claim| claim.instance == instance) && repository.backup(id).await?.is_none() {
-                remains.push(id);
-            }
-        }
-        Ok::<_, Failure>(remains)
-    };
-    match remains.await {
-        Ok(remains) => {
-            for id in &remains {
-                tracing::info!(backup = %id, "removing the remains of a backup that was not completed");
-                remove(repository, *id).await;
-            }
-            remains.last().copied()
-        }
-        Err(failure) => {
-            tracing::warn!(%failure, "could not look for remains of earlier backups");
-            None
-        }
-    }
-}
-
-/// Removes an incomplete backup, its claim last. As far as it goes.
-async fn remove(repository: &Repository, id: BackupId) {
-    let prefix = repository.layout().backup_prefix(id);
-    let claim = repository.layout().backup(id, BackupObject::Started);
-    let removed = async {
-        for upload in repository.store().pending_uploads(&prefix).await? {
-            repository.store().abort_pending(&upload).await?;
-        }
-        // Without the record it's no backup; only then may the rest go.
-        let record = repository.layout().backup(id, BackupObject::Record);
-        if let Some((_, error)) = repository.store().delete(std::slice::from_ref(&record)).await?.into_iter().next() {
-            return Err(error);
-        }
-        let mut pages = Pages::new(repository.store(), ListRequest::under(prefix.clone()));
-        while let Some(page) = pages.next().await? {
-            let keys: Vec<_> = page.objects.into_iter().map(|object| object.key).filter(|key| *key != claim).collect();
-            if let Some((_, error)) = repository.store().delete(&keys).await?.into_iter().next() {
-                return Err(error);
-            }
-        }
-        match repository.store().delete(std::slice::from_ref(&claim)).await?.into_iter().next() {
-            Some((_, error)) => Err(error),
-            None => Ok(()),
-        }
-    };
-    if let Err(error) = removed.await {
-        tracing::warn!(backup = %id, %error, "the remains of an incomplete backup could not be removed");
-    }
 }

@@ -5,8 +5,7 @@
 //! The first failure, or a cancellation, stops them all.
 
 use std::{
-    fs::{self, File},
-    io::{self, Read},
+    fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -15,12 +14,23 @@ use std::{
     },
 };
 
-use pgsidecar_core::{BackupId, backup::PartRecord, layout::BackupObject};
+use pgsidecar_core::{
+    BackupId, Lsn,
+    backup::{DamagedFile, PartRecord},
+    incremental_file::{incremental_path, path_of_incremental},
+    incremental_plan::RelationPath,
+    layout::BackupObject,
+    page::PAGE_SIZE,
+};
 use tokio::{runtime::Handle, sync::Notify};
 
 use super::{
+    damage,
+    incremental::Base,
     listing::{Listing, Uploading},
+    pace::Pace,
     part::{FileEntry, PartWriter},
+    reading::{Content, LiveFile, PageCheck},
     walk::{Found, Item, walk},
 };
 use crate::{
@@ -29,6 +39,8 @@ use crate::{
     settings::WorkSettings,
 };
 
+/// How much the threads that read stand back for others, PostgreSQL first of all (nice(2)).
+const NICE: i32 = 10;
 /// Items and entries that wait in a channel at most.
 const QUEUE: usize = 256;
 
@@ -41,6 +53,8 @@ pub struct Progress {
     pub total_bytes: AtomicU64,
     /// Files done.
     pub files: AtomicU64,
+    /// How fast the files may be read.
+    pub pace: Pace,
     /// Set when the commit marker is about to be written: from then on nothing is removed.
     pub committing: AtomicBool,
     cancelled: AtomicBool,
@@ -75,8 +89,18 @@ impl Progress {
     }
 }
 
-/// The data directory, as far as walking it needs to know.
-#[derive(Clone, Debug)]
+/// How pages of relations are told and checked.
+#[derive(Clone, Copy, Debug)]
+pub struct PageRule {
+    /// Whether they carry checksums.
+    pub checked: bool,
+    /// Where the backup began.
+    pub backup_start: Lsn,
+    /// Blocks in each file of a relation but its last (`RELSEG_SIZE`).
+    pub segment_blocks: u32,
+}
+
+/// The data directory, as far as reading it needs to know.
 pub struct Source {
     /// The data directory.
     pub root: PathBuf,
@@ -84,6 +108,18 @@ pub struct Source {
     pub major: u32,
     /// The directory of this server's files in each tablespace.
     pub tablespace_directory: String,
+    /// What its pages are checked for.
+    pub pages: PageRule,
+    /// What has changed since another backup; `None` if all is taken.
+    pub base: Option<Base>,
+}
+
+/// What was found on the way.
+pub struct Findings {
+    /// By walking.
+    pub walk: Found,
+    /// Damaged pages.
+    pub damaged: Vec<DamagedFile>,
 }
 
 /// What to pack, and how.
@@ -149,7 +185,7 @@ impl Packer {
     ///
     /// # Errors
     /// The first that any thread met.
-    pub fn pack(&self, listing: &mut Listing) -> Result<(Vec<PartRecord>, Found), Failure> {
+    pub fn pack(&self, listing: &mut Listing) -> Result<(Vec<PartRecord>, Findings), Failure> {
         let (items_in, items) = sync_channel::<Item>(QUEUE);
         let items = Mutex::new(items);
         let (entries_in, entries) = sync_channel::<FileEntry>(QUEUE);
@@ -170,7 +206,15 @@ impl Packer {
                 .collect();
             drop(entries_in);
             let mut listed = Ok(());
-            for entry in entries {
+            let mut damaged = Vec::new();
+            for mut entry in entries {
+                if entry.bad.count > 0 && damaged.len() < damage::MOST_FILES {
+                    let bad = std::mem::take(&mut entry.bad);
+                    let path = String::from_utf8_lossy(&entry.path);
+                    let path = path_of_incremental(&path).unwrap_or(path.into_owned());
+                    tracing::warn!(path, pages = bad.count, blocks = ?bad.blocks, "damaged pages: wrong checksums");
+                    damaged.push(DamagedFile { path, relation: None, blocks: bad.blocks, count: bad.count });
+                }
                 if listed.is_ok() {
                     listed = listing.add(&entry);
                     if listed.is_err() {
@@ -195,7 +239,7 @@ impl Packer {
             }
             listed.map_err(|error| Failure::io("listing the files", &error))?;
             parts.sort_unstable_by_key(|part: &PartRecord| part.number);
-            Ok((parts, walked??))
+            Ok((parts, Findings { walk: walked??, damaged }))
         })
     }
 
@@ -229,6 +273,8 @@ impl Packer {
     }
 
     fn work(&self, items: &Mutex<Receiver<Item>>, entries: &SyncSender<FileEntry>) -> Result<Vec<PartRecord>, Failure> {
+        // On Linux it's the thread's own. Where it isn't allowed, all goes on as before.
+        let _ = rustix::process::setpriority_process(None, NICE);
         let mut parts = Vec::new();
         let mut open: Option<OpenPart> = None;
         let result = (|| {
@@ -282,19 +328,46 @@ impl Packer {
     /// `None` if it has vanished: it was dropped, and replay will drop it again.
     fn file(&self, part: &mut PartWriter, path: &Path, location: &Path) -> io::Result<Option<FileEntry>> {
         self.progress.check()?;
-        let mut file = match File::open(location) {
+        let mut file = match LiveFile::open(location) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let meta = file.metadata()?;
+        let meta = file.file().metadata()?;
         let progress = &self.progress;
         let mut watch = |bytes| {
             progress.bytes.fetch_add(bytes, Relaxed);
+            progress.pace.took(bytes, || progress.check().is_err());
             progress.check()
         };
-        let content: &mut dyn Read = &mut file;
-        part.file(path, &meta, meta.len(), content, &mut watch).map(Some)
+        let shown = path.to_str();
+        let relation = shown.and_then(RelationPath::parse);
+        let PageRule { checked, backup_start, segment_blocks } = self.source.pages;
+        let check = relation.filter(|_| checked).map(|relation| PageCheck {
+            first_block: relation.file.segment.saturating_mul(segment_blocks),
+            backup_start,
+        });
+        let header = match (&self.source.base, shown, relation) {
+            (Some(base), Some(shown), Some(relation)) => base.header(shown, &relation, meta.len()),
+            _ => None,
+        };
+        let entry = match (header, shown) {
+            (Some(header), Some(shown)) => {
+                let mut content = Content::incremental(&mut file, &header, check);
+                let path = incremental_path(shown);
+                let entry = part.file(Path::new(&path), &meta, header.file_length(), &mut content, &mut watch)?;
+                let restored = Some(u64::from(header.output_blocks()) * PAGE_SIZE as u64);
+                // The backup's progress is that through the database.
+                progress.bytes.fetch_add(meta.len().saturating_sub(header.file_length()), Relaxed);
+                FileEntry { restored, bad: content.bad, ..entry }
+            }
+            _ => {
+                let mut content = Content::whole(&mut file, check);
+                let entry = part.file(path, &meta, meta.len(), &mut content, &mut watch)?;
+                FileEntry { bad: content.bad, ..entry }
+            }
+        };
+        Ok(Some(entry))
     }
 }
 

@@ -15,12 +15,14 @@ use pgsidecar_core::backup::{PartRecord, StoredObject};
 use serde::Serialize;
 use zstd::stream::raw::{Encoder, InBuffer, Operation, OutBuffer};
 
+use super::reading::BadPages;
 use crate::codec::{ChannelWriter, HashingWriter};
 
 /// A frame ends after the file with which it exceeds this many plain bytes: small enough to read one file from,
 /// large enough to compress well.
 const FRAME_BYTES: u64 = 4 << 20;
-const READ_BYTES: usize = 128 * 1024;
+/// How much is read of a file at a time: what isn't read ahead by the kernel must not come in small pieces.
+const READ_BYTES: usize = 512 * 1024;
 
 /// Where a file lies, and what is to be checked when it comes back: a line of `index.jsonl.zst`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -40,6 +42,12 @@ pub struct FileEntry {
     pub crc32c: u32,
     /// Its modification time.
     pub modified: jiff::Timestamp,
+    /// The length in bytes of the file that is made of it, if it's an incremental one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restored: Option<u64>,
+    /// Its damaged pages.
+    #[serde(skip)]
+    pub bad: BadPages,
 }
 
 /// PostgreSQL's own files have ASCII names. Others' keep their exact name in tar and manifest.
@@ -190,6 +198,8 @@ impl PartWriter {
             size,
             crc32c: crc,
             modified: modified(meta),
+            restored: None,
+            bad: BadPages::default(),
         })
     }
 

@@ -1,7 +1,10 @@
 //! `pgsidecar backup create|list|show`
 
 use clap::{Args, Subcommand};
-use pgsidecar_core::{BackupId, BackupRecord};
+use pgsidecar_core::{
+    BackupId, BackupKind, BackupRecord,
+    chain::{BackupType, Choice},
+};
 
 use super::{OutputArgs, SystemArgs, open_repository, output};
 use crate::{
@@ -9,13 +12,13 @@ use crate::{
     failure::{Code, Failure},
     http::control::CreateBackup,
     jobs::{Outcome, Snapshot},
-    settings::Settings,
+    settings::{Settings, parse_rate},
 };
 
 /// Base backups.
 #[derive(Subcommand, Debug)]
 pub enum BackupCommand {
-    /// Take a full base backup; the daemon does it
+    /// Take a base backup; the daemon does it
     Create(CreateArgs),
     /// List the complete backups
     List(ListArgs),
@@ -29,6 +32,15 @@ pub struct CreateArgs {
     /// Take the checkpoint at once instead of spreading it: the backup begins sooner, PostgreSQL writes more for a moment
     #[arg(long)]
     fast: bool,
+    /// Which kind: auto (incremental where that is possible, else full), full, differential or incremental
+    #[arg(long = "type", value_name = "TYPE", default_value_t)]
+    wanted: BackupType,
+    /// Only say which kind of backup it would be, and why
+    #[arg(long, conflicts_with_all = ["fast", "label", "max_rate"])]
+    dry_run: bool,
+    /// Read at most this much of the data directory in a second, from 32kB on
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    max_rate: Option<u64>,
     /// A label that PostgreSQL keeps in the backup
     #[arg(long, value_name = "TEXT")]
     label: Option<String>,
@@ -81,7 +93,13 @@ pub async fn run(settings: &Settings, command: BackupCommand) -> Result<(), Fail
 
 async fn create(settings: &Settings, args: CreateArgs) -> Result<(), Failure> {
     let client = Client::new(&settings.process.control_socket);
-    let job: Snapshot = client.post("/v1/backups", &CreateBackup { label: args.label, fast: args.fast }).await?;
+    let CreateArgs { label, fast, wanted, max_rate, .. } = args;
+    let request = CreateBackup { label, fast, wanted, max_rate };
+    if args.dry_run {
+        let choice: Choice = client.post("/v1/backups/plan", &request).await?;
+        return if args.output.json { output::print_json(&choice) } else { print_choice(&choice) };
+    }
+    let job: Snapshot = client.post("/v1/backups", &request).await?;
     let watched = output::watched() && !args.output.json;
     let ended = client
         .follow(job.job, |job| {
@@ -99,6 +117,20 @@ async fn create(settings: &Settings, args: CreateArgs) -> Result<(), Failure> {
         None => return Err(Failure::internal("the job's events ended before the job")),
     };
     if args.output.json { output::print_json(&record) } else { print_backup(&record) }
+}
+
+fn print_choice(choice: &Choice) -> Result<(), Failure> {
+    let parent = choice.parent.map_or_else(String::new, |parent| format!(", on {parent}"));
+    output::print_line(&format!(
+        "It would be {} {} backup{parent}: {}.",
+        article(choice.kind),
+        choice.kind,
+        choice.because
+    ))
+}
+
+fn article(kind: BackupKind) -> &'static str {
+    if kind == BackupKind::Incremental { "an" } else { "a" }
 }
 
 fn describe(job: &Snapshot) -> String {
@@ -130,7 +162,7 @@ fn print_list(backups: &[BackupRecord]) -> Result<(), Failure> {
                 backup.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
                 backup.timeline.to_string(),
                 backup.stop_lsn.to_string(),
-                output::size(backup.plain_bytes()),
+                output::size(backup.restored_bytes),
                 output::size(backup.stored_bytes()),
             ]
         })
@@ -148,7 +180,7 @@ fn print_backup(backup: &BackupRecord) -> Result<(), Failure> {
             "Server",
             format!("PostgreSQL {}{}", backup.major_version(), if backup.from_standby { ", a standby" } else { "" }),
         ),
-        ("Database", format!("{} in {} files", output::size(backup.plain_bytes()), backup.files)),
+        ("Database", format!("{} in {} files", output::size(backup.restored_bytes), backup.files)),
         ("Stored", format!("{} in {} parts", output::size(backup.stored_bytes()), backup.parts.len())),
     ];
     for (name, value) in lines {
@@ -156,6 +188,20 @@ fn print_backup(backup: &BackupRecord) -> Result<(), Failure> {
     }
     for tablespace in &backup.tablespaces {
         output::print_line(&format!("Tablespace {} at {}", tablespace.oid, tablespace.location))?;
+    }
+    if let Some(parent) = backup.parent {
+        output::print_line(&format!("Builds on  {parent}"))?;
+    }
+    for file in &backup.damaged {
+        let relation = file.relation.as_deref().unwrap_or(&file.path);
+        let blocks: Vec<String> = file.blocks.iter().map(u32::to_string).collect();
+        let more = if file.count > file.blocks.len() as u64 { ", …" } else { "" };
+        output::print_line(&format!(
+            "Damaged    {relation} ({}): {} pages: blocks {}{more}",
+            file.path,
+            file.count,
+            blocks.join(", ")
+        ))?;
     }
     backup.warnings.iter().try_for_each(|warning| output::print_line(&format!("Warning    {warning}")))
 }

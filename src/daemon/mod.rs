@@ -25,7 +25,11 @@ use std::{
 };
 
 use hyper::{Request, body::Incoming};
-use pgsidecar_core::{ArchiveFileName, ControlFile, Layout, SystemIdentifier, settings::RepositoryUrl};
+use pgsidecar_core::{
+    ArchiveFileName, ControlFile, Layout, SystemIdentifier,
+    chain::{BackupType, Choice},
+    settings::RepositoryUrl,
+};
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     iterator::Signals,
@@ -206,6 +210,17 @@ impl App {
             }
             Ok(record)
         })
+    }
+
+    /// What kind of backup it would be now.
+    ///
+    /// # Errors
+    /// What would keep it from being taken.
+    pub async fn plan_backup(&self, wanted: BackupType) -> Result<Choice, Failure> {
+        let work = self.work()?;
+        let (pgdata, control) = work.data_directory()?;
+        let repository = work.repository(control.system_identifier);
+        backup::plan(&repository, &pgdata, &work.settings, wanted).await
     }
 }
 

@@ -1,7 +1,8 @@
 //! What the command-line tool asks the daemon for, on a Unix socket.
 //!
 //! ```text
-//! POST /v1/backups               {"label": …, "fast": …}: starts a base backup; 202 with the job
+//! POST /v1/backups               {"label": …, "fast": …, "type": …, "max_rate": …}: starts a base backup; 202 with the job
+//! POST /v1/backups/plan          the same: what kind of backup it would be, and why
 //! GET  /v1/backups               the backups in the repository
 //! GET  /v1/backups/{id}          one of them
 //! GET  /v1/jobs/{id}             a job
@@ -14,6 +15,7 @@ use std::{io, sync::Arc, time::Duration};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::{Method, Request, StatusCode, body::Incoming};
+use pgsidecar_core::chain::BackupType;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::sync::mpsc;
 
@@ -36,6 +38,11 @@ pub struct CreateBackup {
     pub label: Option<String>,
     /// Whether to take the checkpoint at once instead of spreading it.
     pub fast: bool,
+    /// What kind of backup.
+    #[serde(rename = "type")]
+    pub wanted: BackupType,
+    /// Bytes of the data directory that are read in a second, at most.
+    pub max_rate: Option<u64>,
 }
 
 /// Answers one request.
@@ -48,10 +55,15 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
     let not_found = |what: &str| Failure::new(Code::NotFound, format!("there is no {what}"));
     match (request.method(), segments.as_slice()) {
         (&Method::POST, ["v1", "backups"]) => {
-            let CreateBackup { label, fast } = read(request).await?;
-            let request = BackupRequest { label: label.unwrap_or_else(|| "pgsidecar".to_owned()), fast };
+            let CreateBackup { label, fast, wanted, max_rate } = read(request).await?;
+            let label = label.unwrap_or_else(|| "pgsidecar".to_owned());
+            let request = BackupRequest { label, fast, wanted, max_rate };
             let job = app.start_backup(request)?;
             Ok(json(StatusCode::ACCEPTED, &job.snapshot()))
+        }
+        (&Method::POST, ["v1", "backups", "plan"]) => {
+            let CreateBackup { wanted, .. } = read(request).await?;
+            Ok(json(StatusCode::OK, &app.plan_backup(wanted).await?))
         }
         (&Method::GET, ["v1", "backups"]) => Ok(json(StatusCode::OK, &app.repository()?.backups().await?)),
         (&Method::GET, ["v1", "backups", id]) => {

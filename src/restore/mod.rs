@@ -38,9 +38,10 @@ use tokio::task::JoinSet;
 
 use self::{
     directory::TargetDirectory,
-    unpack::{HashingReader, HeldFile, Progress, Unpacker},
+    unpack::{HeldFile, Progress, Unpacker},
 };
 use crate::{
+    codec::HashingReader,
     failure::{Code, Failure},
     repository::{Repository, damaged},
 };

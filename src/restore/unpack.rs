@@ -15,15 +15,11 @@ use std::{
     },
 };
 
-use pgsidecar_core::{
-    Sha256Digest,
-    backup::{PartRecord, StoredObject},
-};
-use sha2::{Digest, Sha256};
+use pgsidecar_core::backup::PartRecord;
 
 use super::directory::TargetDirectory;
 use crate::{
-    codec::ChannelReader,
+    codec::{ChannelReader, HashingReader},
     failure::{Code, Failure},
     repository::damaged,
 };
@@ -57,48 +53,6 @@ pub struct HeldFile {
     pub content: Vec<u8>,
     /// Its owner's user and group id.
     pub owner: (u32, u32),
-}
-
-/// Computes SHA-256 and length of what is read through it.
-pub struct HashingReader<R> {
-    inner: R,
-    hasher: Sha256,
-    length: u64,
-}
-
-impl<R: Read> HashingReader<R> {
-    /// Hashes what is read from `inner`.
-    pub fn new(inner: R) -> HashingReader<R> {
-        HashingReader { inner, hasher: Sha256::new(), length: 0 }
-    }
-
-    /// Reads to the end and compares with what was stored; says how it differs.
-    ///
-    /// # Errors
-    /// A description of the damage.
-    pub fn check(mut self, stored: StoredObject) -> Result<(), String> {
-        io::copy(&mut self, &mut io::sink()).map_err(|error| error.to_string())?;
-        let digest = Sha256Digest::new(self.hasher.finalize().into());
-        if self.length == stored.size && digest == stored.sha256 {
-            return Ok(());
-        }
-        Err(format!(
-            "it has {} bytes with SHA-256 {}, stored were {} with {}",
-            self.length,
-            digest.short(),
-            stored.size,
-            stored.sha256.short()
-        ))
-    }
-}
-
-impl<R: Read> Read for HashingReader<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..n]);
-        self.length += n as u64;
-        Ok(n)
-    }
 }
 
 impl Unpacker {

@@ -78,6 +78,10 @@ pub struct WorkSettings {
     pub parallelism: usize,
     /// Plain bytes of a part.
     pub part_size: u64,
+    /// Bytes of the data directory that a backup reads in a second, at most.
+    pub max_rate: Option<u64>,
+    /// How many backups a restore may need at most: an incremental backup that would make the chain longer is a full one.
+    pub longest_chain: usize,
     /// How long a backup waits for its last WAL.
     pub backup_wal_timeout: Duration,
     /// Where WAL lies on its way to PostgreSQL, if not in pg_wal.
@@ -178,6 +182,18 @@ impl Resolver {
 }
 
 /// A number within bounds.
+/// A number of bytes a second, as `--max-rate` takes it.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    match parse_bytes(text) {
+        Ok(bytes) if bytes >= 32 << 10 => Ok(bytes),
+        Ok(_) => Err(format!("{text:?} is less than 32kB a second")),
+        Err(problem) => Err(problem.to_string()),
+    }
+}
+
 fn number_between<T>(low: T, high: T) -> impl FnOnce(&str) -> Result<T, String>
 where
     T: std::str::FromStr + PartialOrd + fmt::Display,
@@ -362,6 +378,9 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             number_between(1, 19),
         ),
         parallelism: resolver.value("PGSIDECAR_PARALLELISM", raw.parallelism.as_ref(), 2, number_between(1, 16)),
+        max_rate: resolver
+            .value("PGSIDECAR_BACKUP_MAX_RATE", raw.backup_max_rate.as_ref(), None, |text| parse_rate(text).map(Some)),
+        longest_chain: resolver.value("PGSIDECAR_LONGEST_CHAIN", raw.longest_chain.as_ref(), 7, number_between(1, 100)),
         part_size: resolver.value("PGSIDECAR_PART_SIZE", raw.part_size.as_ref(), 1 << 30, |text| {
             match parse_bytes(text) {
                 Ok(bytes) if (1 << 20..=64 << 30).contains(&bytes) => Ok(bytes),

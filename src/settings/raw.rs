@@ -115,6 +115,26 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub parallelism: Option<String>,
+    /// Bytes of the data directory that a base backup reads in a second, at most, from 32kB on [default: no limit]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_BACKUP_MAX_RATE",
+        value_name = "SIZE",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub backup_max_rate: Option<String>,
+    /// How many backups a restore may need: an incremental one that would make its chain longer is a full one, 1 to 100 [default: 7]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_LONGEST_CHAIN",
+        value_name = "N",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub longest_chain: Option<String>,
     /// A part of a base backup ends with the file that brings it to this size, uncompressed, 1MB to 64GB [default: 1GB]
     #[arg(
         long,

@@ -462,6 +462,8 @@ async fn make_backup(world: &World) {
         manifest: store(BackupObject::Manifest, b"{}").await,
         index: store(BackupObject::Index, b"{}\n").await,
         files,
+        restored_bytes: 0,
+        damaged: Vec::new(),
         warnings: Vec::new(),
         writer: "a test".to_owned(),
     };

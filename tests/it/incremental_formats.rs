@@ -10,7 +10,7 @@ use std::{
 use pgsidecar_core::{
     Lsn,
     backup_label::{with_increment, without_increment},
-    backup_manifest::{WalRange, parse_manifest},
+    backup_manifest::WalRange,
     data_directory::Fork,
     incremental_file::{IncrementalHeader, incremental_path, path_of_incremental},
     incremental_plan::{FileMethod, FullReason, IncrementalPlan, RelationPath},
@@ -20,7 +20,9 @@ use pgsidecar_core::{
 
 use crate::support::{
     Postgres, Scratch,
-    increments::{SEGMENT, base_backup, changed_between, files, header, label, merged, summarizing, tablespace, take},
+    increments::{
+        SEGMENT, base_backup, blocks_in, changed_between, files, header, label, merged, summarizing, tablespace, take,
+    },
     run, wait_until,
 };
 
@@ -29,15 +31,17 @@ fn blocks_of(method: &FileMethod) -> usize {
 }
 
 /// What the server decided, with the blocks that it should have taken as well.
-fn with_all_behind_the_cut(
+fn with_all_that_is_new(
     theirs: &IncrementalHeader,
     relation: &RelationPath,
     limit: Option<u32>,
+    in_parent: Option<u32>,
     size: u64,
 ) -> FileMethod {
     let length = u32::try_from(size / PAGE_SIZE as u64).unwrap();
     let cut = limit.map_or(length, |limit| limit - relation.file.segment * SEGMENT);
-    let blocks: BTreeSet<u32> = theirs.blocks().iter().copied().chain(cut..length).collect();
+    let new = cut.min(in_parent.unwrap());
+    let blocks: BTreeSet<u32> = theirs.blocks().iter().copied().chain(new..length).collect();
     if blocks.len() as u64 * 10 > u64::from(length) * 9 {
         return FileMethod::Full(FullReason::MostlyChanged);
     }
@@ -49,9 +53,6 @@ fn with_all_behind_the_cut(
 fn compare_plan(postgres: &Postgres, parent: &Path, child: &Path) -> BTreeMap<String, usize> {
     let references = changed_between(postgres, parent, child);
     let plan = IncrementalPlan::new(&references, SEGMENT);
-    let manifest = parse_manifest(&fs::read(parent.join("backup_manifest")).unwrap()).unwrap();
-    let in_parent: BTreeSet<&str> =
-        manifest.files.iter().map(|file| std::str::from_utf8(&file.path).unwrap()).collect();
     let mut taken = BTreeMap::new();
     for path in files(child) {
         let marked = path_of_incremental(&path);
@@ -62,13 +63,13 @@ fn compare_plan(postgres: &Postgres, parent: &Path, child: &Path) -> BTreeMap<St
         };
         // Nothing changes the server's files between its backup and this.
         let size = fs::metadata(postgres.data.join(plain)).unwrap().len();
-        let known = in_parent.contains(plain) || in_parent.contains(incremental_path(plain).as_str());
+        let known = blocks_in(parent, plain);
         let ours = plan.method(&relation, size, known);
         let theirs = marked.is_some().then(|| header(&child.join(&path)));
         let kind = match (&ours, theirs) {
             (ours @ (FileMethod::Incremental(_) | FileMethod::Full(FullReason::MostlyChanged)), Some(theirs)) => {
                 let limit = references.get(&relation.fork()).and_then(|changed| changed.limit_block());
-                assert_eq!(*ours, with_all_behind_the_cut(&theirs, &relation, limit, size), "{path}");
+                assert_eq!(*ours, with_all_that_is_new(&theirs, &relation, limit, known, size), "{path}");
                 let is_unchanged = *ours == FileMethod::Incremental(theirs) && blocks_of(ours) == 0;
                 format!("incremental, {}", if is_unchanged { "unchanged" } else { "changed" })
             }
@@ -254,7 +255,7 @@ fn rows_that_were_cut_off_do_not_come_back_pg17() {
     let changed = changed_between(&postgres, &full, &first);
     let ours_first = scratch.path().join("ours-first");
     for plain in [&at_once, &later] {
-        take(&postgres, &changed, plain, &ours_first);
+        take(&postgres, &changed, plain, &full, &ours_first);
         assert!(merged(&[&ours_first, &full], plain) == live(plain), "{plain}");
     }
     assert!(emptied(&live(&at_once), &fs::read(full.join(&at_once)).unwrap()) > 0);
@@ -264,7 +265,7 @@ fn rows_that_were_cut_off_do_not_come_back_pg17() {
     let changed = changed_between(&postgres, &first, &second);
     let ours_second = scratch.path().join("ours-second");
     for plain in [&at_once, &later] {
-        take(&postgres, &changed, plain, &ours_second);
+        take(&postgres, &changed, plain, &ours_first, &ours_second);
         assert!(ours_second.join(incremental_path(plain)).exists());
         assert!(merged(&[&ours_second, &ours_first, &full], plain) == live(plain), "{plain}");
     }

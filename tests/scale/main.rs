@@ -70,6 +70,8 @@ fn backup(system: SystemIdentifier) -> BackupRecord {
         manifest: object,
         index: object,
         files: 0,
+        restored_bytes: 0,
+        damaged: Vec::new(),
         warnings: vec![],
         writer: "test".to_owned(),
     }

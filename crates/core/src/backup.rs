@@ -181,6 +181,12 @@ pub struct BackupRecord {
     pub index: StoredObject,
     /// Number of files in all parts.
     pub files: u64,
+    /// Bytes that the data directory has when it's restored. More than the parts hold if the backup builds on others.
+    #[serde(default)]
+    pub restored_bytes: u64,
+    /// Files of relations with damaged pages: they were damaged in the database, and are in the backup as they are.
+    #[serde(default)]
+    pub damaged: Vec<DamagedFile>,
     /// What was left out because it is neither a file nor a directory, a sentence each, for people.
     #[serde(default)]
     pub warnings: Vec<String>,
@@ -199,6 +205,11 @@ impl BackupRecord {
         self.parts.iter().map(|part| part.stored.size).sum::<u64>() + self.manifest.size + self.index.size
     }
 
+    /// How many pages are damaged.
+    pub fn damaged_pages(&self) -> u64 {
+        self.damaged.iter().map(|file| file.count).sum()
+    }
+
     /// PostgreSQL's major version, e.g. 15.
     pub fn major_version(&self) -> u32 {
         self.server_version / 10_000
@@ -212,6 +223,20 @@ pub struct TablespaceRecord {
     pub oid: u32,
     /// The directory that the link pointed to.
     pub location: String,
+}
+
+/// A file of a relation in which pages have a wrong checksum.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DamagedFile {
+    /// Path relative to the data directory.
+    pub path: String,
+    /// The relation, `database.schema.name`, where the server could tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relation: Option<String>,
+    /// The numbers of the damaged blocks in the relation's fork, ascending; the first hundred.
+    pub blocks: Vec<u32>,
+    /// How many there are in all.
+    pub count: u64,
 }
 
 /// An object as it is stored, to be compared with what comes back.

@@ -5,7 +5,7 @@
 //!
 //! - Visibility maps always whole: servers before late minor releases of 18 left out of the summaries that bits of
 //!   them were cleared, and index-only scans went wrong.
-//! - All blocks from the limit block on, as `blkreftable.h` says that one has to. A relation that was cut and grew
+//! - All blocks from the limit block on, and all behind the end of the parent's file, as `blkreftable.h` says that one has to. A relation that was cut and grew
 //!   again has blocks of which no WAL tells as long as they are empty: COPY adds many at a time. The server leaves
 //!   them out, and pg_combinebackup takes what was there before the cut: deleted rows are back (seen with 17.11).
 //!
@@ -15,7 +15,7 @@
 //! and the summaries cover all from the parent's start to the backup's.
 
 use crate::{
-    block_references::{BlockReferences, RelationFork},
+    block_references::{BlockReferences, ForkReferences, RelationFork},
     data_directory::{Fork, RelationFile, is_relation_directory, relation_file},
     incremental_file::IncrementalHeader,
     page::PAGE_SIZE,
@@ -108,17 +108,18 @@ impl<'a> IncrementalPlan<'a> {
         IncrementalPlan { references, segment_blocks }
     }
 
-    /// How to back up this file of `size` bytes, of which exactly as many are then to be read. `in_parent` tells
-    /// whether the parent's manifest has it, under its own name or as an
-    /// [incremental file](crate::incremental_file::incremental_path).
-    pub fn method(&self, path: &RelationPath, size: u64, in_parent: bool) -> FileMethod {
+    /// How to back up this file of `size` bytes, of which exactly as many are then to be read. `in_parent` tells how many
+    /// blocks the parent's file has, whole or made from an
+    /// [incremental file](crate::incremental_file::incremental_path); `None` if the parent doesn't have it. What lies
+    /// behind that is taken whether WAL tells of it or not.
+    pub fn method(&self, path: &RelationPath, size: u64, in_parent: Option<u32>) -> FileMethod {
         match self.header(path, size, in_parent) {
             Ok(header) => FileMethod::Incremental(header),
             Err(reason) => FileMethod::Full(reason),
         }
     }
 
-    fn header(&self, path: &RelationPath, size: u64, in_parent: bool) -> Result<IncrementalHeader, FullReason> {
+    fn header(&self, path: &RelationPath, size: u64, in_parent: Option<u32>) -> Result<IncrementalHeader, FullReason> {
         let block = PAGE_SIZE as u64;
         let blocks = u32::try_from(size / block).ok().filter(|blocks| *blocks <= self.segment_blocks);
         let blocks = blocks.filter(|_| size.is_multiple_of(block)).ok_or(FullReason::OddSize)?;
@@ -127,25 +128,27 @@ impl<'a> IncrementalPlan<'a> {
             Fork::VisibilityMap => return Err(FullReason::VisibilityMap),
             Fork::Main | Fork::Init => {}
         }
-        if !in_parent {
-            return Err(FullReason::NotInParent);
-        }
+        let in_parent = in_parent.ok_or(FullReason::NotInParent)?;
         if self.references.has_database(path.tablespace, path.database) {
             return Err(FullReason::NewDatabase);
         }
-        let Some(references) = self.references.get(&path.fork()) else {
-            return if blocks == 0 { Err(FullReason::Empty) } else { self.incremental(blocks, Vec::new()) };
-        };
+        let references = self.references.get(&path.fork());
+        if references.is_none() && blocks == 0 {
+            return Err(FullReason::Empty);
+        }
         // A fork's last block is 2^32 - 2: files behind it aren't PostgreSQL's.
         let first = path.file.segment.checked_mul(self.segment_blocks).ok_or(FullReason::OddSize)?;
         let end = first.checked_add(blocks).ok_or(FullReason::OddSize)?;
         // Where the deepest cut was, and how many of this file's blocks it left.
-        let (cut, left) = match references.limit_block() {
+        let (cut, left) = match references.and_then(ForkReferences::limit_block) {
             Some(limit) if limit <= first => return Err(FullReason::NewContent),
             Some(limit) => (limit.min(end), limit - first),
             None => (end, 0),
         };
-        let changed: Vec<u32> = references.blocks(first..cut).chain(cut..end).map(|block| block - first).collect();
+        // Behind it, or behind what the parent has, all is newer than the parent.
+        let new = cut.min(first.saturating_add(in_parent));
+        let known = references.into_iter().flat_map(|references| references.blocks(first..new));
+        let changed: Vec<u32> = known.chain(new..end).map(|block| block - first).collect();
         if changed.len() as u64 * 10 > u64::from(blocks) * 9 {
             return Err(FullReason::MostlyChanged);
         }
@@ -176,7 +179,7 @@ mod tests {
     fn method(limit: Option<u32>, changed: &[u32], file: &str, blocks: u64) -> FileMethod {
         let mut references = BlockReferences::default();
         references.set(fork(16400), limit, changed);
-        IncrementalPlan::new(&references, SEGMENT).method(&path(file), blocks * 8192, true)
+        IncrementalPlan::new(&references, SEGMENT).method(&path(file), blocks * 8192, Some(SEGMENT))
     }
 
     fn incremental(length: u32, blocks: &[u32]) -> FileMethod {
@@ -225,6 +228,19 @@ mod tests {
     }
 
     #[test]
+    fn what_the_parent_s_file_is_too_short_for_is_taken_without_wal_that_tells_of_it() {
+        let mut references = BlockReferences::default();
+        references.set(fork(16400), None, &[2]);
+        let plan = IncrementalPlan::new(&references, SEGMENT);
+        let method = |file: &str, parent| plan.method(&path(file), 10 * 8192, Some(parent));
+        assert_eq!(method("base/5/16400", 8), incremental(10, &[2, 8, 9]));
+        assert_eq!(method("base/5/16400.1", 9), incremental(10, &[9]));
+        assert_eq!(method("base/5/16401", 7), incremental(10, &[7, 8, 9]));
+        assert_eq!(method("base/5/16401", 11), incremental(10, &[]));
+        assert_eq!(method("base/5/16401", 0), FileMethod::Full(FullReason::MostlyChanged));
+    }
+
+    #[test]
     fn a_file_is_taken_whole_when_blocks_do_not_tell() {
         for (limit, changed, file, blocks, reason) in [
             (None, &[][..], "base/5/16400_fsm", 3, FullReason::FreeSpaceMap),
@@ -247,14 +263,14 @@ mod tests {
         let mut references = BlockReferences::default();
         references.set(RelationFork { database: 6, ..fork(0) }, Some(0), &[]);
         let plan = IncrementalPlan::new(&references, SEGMENT);
-        let full = |text, size, in_parent| match plan.method(&path(text), size, in_parent) {
+        let full = |text, size, in_parent: Option<u32>| match plan.method(&path(text), size, in_parent) {
             FileMethod::Full(reason) => Some(reason),
             FileMethod::Incremental(_) => None,
         };
-        assert_eq!(full("base/6/16400", 8192, true), Some(FullReason::NewDatabase));
-        assert_eq!(full("base/5/16400", 8192, false), Some(FullReason::NotInParent));
-        assert_eq!(full("base/5/16400", 8193, true), Some(FullReason::OddSize));
-        assert_eq!(full("base/5/16400", 8192, true), None);
-        assert_eq!(full("pg_tblspc/1/PG_17_1/6/16400", 8192, true), None);
+        assert_eq!(full("base/6/16400", 8192, Some(1)), Some(FullReason::NewDatabase));
+        assert_eq!(full("base/5/16400", 8192, None), Some(FullReason::NotInParent));
+        assert_eq!(full("base/5/16400", 8193, Some(1)), Some(FullReason::OddSize));
+        assert_eq!(full("base/5/16400", 8192, Some(1)), None);
+        assert_eq!(full("pg_tblspc/1/PG_17_1/6/16400", 8192, Some(1)), None);
     }
 }

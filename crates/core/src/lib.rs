@@ -7,6 +7,7 @@ pub mod backup;
 pub mod backup_label;
 pub mod backup_manifest;
 pub mod block_references;
+pub mod chain;
 mod content;
 pub mod continuity;
 mod control_file;

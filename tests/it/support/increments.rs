@@ -134,8 +134,19 @@ pub fn merged(chain: &[&Path], plain: &str) -> Vec<u8> {
     made
 }
 
+/// How many blocks the file that a backup has of a relation's comes to when it's restored.
+pub fn blocks_in(backup: &Path, plain: &str) -> Option<u32> {
+    match fs::metadata(backup.join(plain)) {
+        Ok(meta) => Some(u32::try_from(meta.len() / PAGE_SIZE as u64).unwrap()),
+        Err(_) => {
+            let path = backup.join(incremental_path(plain));
+            path.exists().then(|| header(&path).output_blocks())
+        }
+    }
+}
+
 /// Writes what our plan takes of a file into a directory, as the shell of a backup would.
-pub fn take(postgres: &Postgres, references: &BlockReferences, plain: &str, into: &Path) {
+pub fn take(postgres: &Postgres, references: &BlockReferences, plain: &str, parent: &Path, into: &Path) {
     let bytes = fs::read(postgres.data.join(plain)).unwrap();
     let relation = RelationPath::parse(plain).unwrap();
     let target = |path: &str| {
@@ -143,7 +154,7 @@ pub fn take(postgres: &Postgres, references: &BlockReferences, plain: &str, into
         fs::create_dir_all(target.parent().unwrap()).unwrap();
         target
     };
-    match IncrementalPlan::new(references, SEGMENT).method(&relation, bytes.len() as u64, true) {
+    match IncrementalPlan::new(references, SEGMENT).method(&relation, bytes.len() as u64, blocks_in(parent, plain)) {
         FileMethod::Full(_) => fs::write(target(plain), &bytes).unwrap(),
         FileMethod::Incremental(header) => {
             let mut file = header.to_bytes();

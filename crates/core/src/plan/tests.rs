@@ -45,6 +45,8 @@ pub(crate) fn backup(timeline: u32, start: u64, stop: u64) -> BackupRecord {
         manifest: object,
         index: object,
         files: 0,
+        restored_bytes: 0,
+        damaged: Vec::new(),
         warnings: vec![],
         writer: "test".into(),
     }
