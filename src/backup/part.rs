@@ -22,7 +22,7 @@ use crate::codec::{ChannelWriter, HashingWriter};
 /// large enough to compress well.
 const FRAME_BYTES: u64 = 4 << 20;
 /// How much is read of a file at a time: what isn't read ahead by the kernel must not come in small pieces.
-const READ_BYTES: usize = 512 * 1024;
+const READ_BYTES: usize = 256 * 1024;
 
 /// Where a file lies, and what is to be checked when it comes back: a line of `index.jsonl.zst`.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -93,8 +93,13 @@ pub fn main() -> ExitCode {
     let mut settings = Settings::resolve(&cli.settings, &PodEnvironment::from_process());
     let wrong = logging::start(cli.settings.log.as_deref(), cli.settings.log_format.as_deref(), default_level);
     wrong.into_iter().for_each(|error| settings.add_error(error));
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(128).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(128)
+        .enable_all()
+        // Nothing recurses deeply: 2 MB for each of many threads would be most of what the daemon may have.
+        .thread_stack_size(1 << 20)
+        .build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(dispatch(cli.command, &settings)),
         Err(error) => Err(Failure::io("starting threads", &error)),
