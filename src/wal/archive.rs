@@ -47,7 +47,7 @@ const COMPRESSORS: usize = 2;
 const BODIES: usize = 2;
 /// What files under way may take together in MiB. While it's compressed a file takes as much as it may come to,
 /// while it's sent what it came to.
-const MEMORY_MIB: u32 = 56;
+const MEMORY_MIB: u32 = 40;
 /// What a file takes that is too large for one request, whatever its size: a buffer and the parts under way.
 const LARGE_FILE_MIB: u32 = 28;
 /// Archived files that are remembered.

@@ -32,6 +32,7 @@ fn holding(scratch: &Scratch, segments: impl IntoIterator<Item = u32>) -> (Postg
     for segment in segments {
         put(&postgres, &sidecar, &name(1, segment));
     }
+    proxy.forget_requests();
     (postgres, sidecar, repository, proxy)
 }
 
@@ -84,6 +85,7 @@ fn to_recover(scratch: &Scratch, major: u32) -> (Postgres, Sidecar, Repository, 
     let restore = format!("{} --address 127.0.0.1:{} --timeout 20 restore %f %p", helper.display(), sidecar.port);
     postgres.configure(&[&format!("restore_command = '{restore}'"), "archive_mode = off"]);
     fs::write(postgres.data.join("recovery.signal"), "").unwrap();
+    proxy.forget_requests();
     (postgres, sidecar, repository, proxy)
 }
 

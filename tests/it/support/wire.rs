@@ -182,6 +182,11 @@ impl Wire {
         self.shared.lock().requests.iter().filter(fits).cloned().collect()
     }
 
+    /// Forgets the requests so far: servers without conditional creation are also asked for what is being stored.
+    pub fn forget_requests(&self) {
+        self.shared.lock().requests.clear();
+    }
+
     /// How many connections have been cut after some bytes.
     pub fn cuts(&self) -> u32 {
         self.shared.lock().cuts
