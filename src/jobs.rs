@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::{
-    backup::pack::Progress,
+    backup::progress::{Phase, Progress},
+    estimate::Estimate,
     failure::{Code, Failure},
 };
 
@@ -48,6 +49,10 @@ pub struct Snapshot {
     pub total_bytes: u64,
     /// Files done.
     pub files: u64,
+    /// What it's at.
+    pub phase: Phase,
+    /// How fast it goes, once that can be said.
+    pub estimate: Option<Estimate>,
     /// How it ended; `None` while it runs.
     pub outcome: Option<Outcome>,
 }
@@ -64,13 +69,17 @@ pub struct Job {
 impl Job {
     /// How it stands.
     pub fn snapshot(&self) -> Snapshot {
+        let (bytes, total_bytes) = (self.progress.bytes.load(Relaxed), self.progress.total_bytes.load(Relaxed));
+        let reading = self.progress.reading_for();
         Snapshot {
             job: self.id,
             kind: self.kind.to_owned(),
             started_at: self.started_at,
-            bytes: self.progress.bytes.load(Relaxed),
-            total_bytes: self.progress.total_bytes.load(Relaxed),
+            bytes,
+            total_bytes,
             files: self.progress.files.load(Relaxed),
+            phase: self.progress.phase(),
+            estimate: reading.and_then(|elapsed| Estimate::new(bytes, total_bytes, elapsed)),
             outcome: self.outcome.borrow().clone(),
         }
     }

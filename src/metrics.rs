@@ -90,6 +90,13 @@ pub fn render(status: &Status) -> Result<String, Failure> {
             ConstGauge::new(at.as_second()),
         );
     }
+    if let Some(pages) = status.last_backup.as_ref().map(|backup| backup.damaged_pages) {
+        registry.register(
+            "last_backup_damaged_pages",
+            "Pages of the database whose checksum was wrong when it was taken",
+            ConstGauge::new(i64::try_from(pages).unwrap_or(i64::MAX)),
+        );
+    }
     let mut text = String::new();
     encode(&mut text, &registry).map_err(Failure::internal)?;
     Ok(text)

@@ -285,7 +285,7 @@ impl Session {
     /// # Errors
     /// What PostgreSQL says.
     pub async fn database_name(&self, oid: u32) -> Result<String, Failure> {
-        let sql = "SELECT CASE WHEN $1 = 0 THEN current_database() ELSE (SELECT datname FROM pg_database WHERE oid = $1) END::text";
+        let sql = "SELECT (CASE WHEN $1::oid = 0 THEN current_database() ELSE (SELECT datname FROM pg_database WHERE oid = $1::oid) END)::text";
         let row = self.row(sql, &[&oid], STATEMENT_TIMEOUT).await?;
         get(&row, 0)
     }

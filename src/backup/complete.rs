@@ -92,11 +92,11 @@ pub async fn history_of(repository: &Repository, timeline: TimelineId) -> Result
     }
 }
 
-/// Looks every object up once more: another run could have taken ours for remains.
+/// The objects of a backup that aren't in the repository, or not as they were stored. Looks at their sizes, not into them.
 ///
 /// # Errors
-/// The store's; [`Code::Damaged`] with what isn't there.
-pub async fn check_parts(repository: &Repository, record: &BackupRecord) -> Result<(), Failure> {
+/// The store's.
+pub async fn missing_objects(repository: &Repository, record: &BackupRecord) -> Result<Vec<ObjectKey>, Failure> {
     let key = |object| repository.layout().backup(record.id, object);
     let mut missing: BTreeMap<ObjectKey, u64> =
         record.parts.iter().map(|part| (key(BackupObject::Part(part.number)), part.stored.size)).collect();
@@ -110,9 +110,29 @@ pub async fn check_parts(repository: &Repository, record: &BackupRecord) -> Resu
             }
         }
     }
-    match missing.keys().next() {
+    Ok(missing.into_keys().collect())
+}
+
+/// Looks every object up once more: another run could have taken ours for remains.
+///
+/// # Errors
+/// The store's; [`Code::Damaged`] with what isn't there.
+pub async fn check_parts(repository: &Repository, record: &BackupRecord) -> Result<(), Failure> {
+    match missing_objects(repository, record).await?.first() {
         None => Ok(()),
         Some(key) => Err(Failure::new(Code::Damaged, format!("{key} was stored, and isn't there any more as it was"))
             .hint("Find out who deletes or changes objects in the repository, then take the backup again.")),
     }
+}
+
+/// The first segment that the backup needs and that isn't in the repository.
+///
+/// # Errors
+/// The store's; [`Code::DataDirectory`] if the history of its timeline isn't there.
+pub async fn missing_wal(repository: &Repository, record: &BackupRecord) -> Result<Option<SegmentName>, Failure> {
+    let size = record.wal_segment_size;
+    let last = size.start_of(size.previous_segment_number(record.stop_lsn));
+    let scan = WalScan::new(history_of(repository, record.timeline).await?, size, record.start_lsn);
+    let seen = repository.scan_wal(scan, Some(last)).await?;
+    Ok((!seen.reaches(last)).then(|| seen.finish().missing))
 }

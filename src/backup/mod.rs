@@ -24,7 +24,9 @@ pub mod listing;
 mod pace;
 pub mod pack;
 pub mod part;
+pub mod progress;
 pub mod reading;
+pub mod verify;
 pub mod walk;
 
 use std::sync::{Arc, atomic::Ordering::Relaxed};
@@ -46,7 +48,8 @@ use self::{
     complete::{check_parts, wait_for_wal},
     kind::Basis,
     listing::Listing,
-    pack::{LastFile, Packer, PageRule, Progress, Source},
+    pack::{LastFile, Packer, PageRule, Source},
+    progress::{Phase, Progress},
 };
 use crate::{
     failure::{Code, Failure},
@@ -115,9 +118,11 @@ pub async fn create(
         "base backup: waiting for the checkpoint"
     );
     let start = progress.unless_cancelled(session.backup_start(&request.label, request.fast)).await?;
+    progress.enter(Phase::Summaries);
     let basis = progress.unless_cancelled(kind::found(repository, pgdata, choice, request.wanted, start.lsn)).await?;
     let id = claim(repository, &settings.instance, basis.choice.kind, removed).await?;
     tracing::info!(backup = %id, start_lsn = %start.lsn, "base backup: reading files");
+    progress.enter(Phase::Reading);
     let taking = Taking { repository, pgdata, settings, id, control, start, progress: progress.clone() };
     match taking.take(session, basis).await {
         Ok(record) => {
@@ -270,6 +275,7 @@ impl Taking<'_> {
             warnings: found.walk.warnings,
             writer: concat!("pgsidecar ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
+        progress.enter(Phase::Wal);
         progress.unless_cancelled(wait_for_wal(repository, pgdata, &record, settings.backup_wal_timeout)).await?;
         check_parts(repository, &record).await?;
         // From here on nothing may be removed: that the record was stored can't be ruled out any more.

@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU32, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
 };
@@ -22,14 +22,14 @@ use pgsidecar_core::{
     layout::BackupObject,
     page::PAGE_SIZE,
 };
-use tokio::{runtime::Handle, sync::Notify};
+use tokio::runtime::Handle;
 
 use super::{
     damage,
     incremental::Base,
     listing::{Listing, Uploading},
-    pace::Pace,
     part::{FileEntry, PartWriter},
+    progress::{Progress, given_up},
     reading::{Content, LiveFile, PageCheck},
     walk::{Found, Item, walk},
 };
@@ -43,51 +43,6 @@ use crate::{
 const NICE: i32 = 10;
 /// Items and entries that wait in a channel at most.
 const QUEUE: usize = 256;
-
-/// How far the packing is; read by whoever shows it, and the way to stop it.
-#[derive(Debug, Default)]
-pub struct Progress {
-    /// Bytes of files read so far.
-    pub bytes: AtomicU64,
-    /// About how many there will be; 0 while unknown.
-    pub total_bytes: AtomicU64,
-    /// Files done.
-    pub files: AtomicU64,
-    /// How fast the files may be read.
-    pub pace: Pace,
-    /// Set when the commit marker is about to be written: from then on nothing is removed.
-    pub committing: AtomicBool,
-    cancelled: AtomicBool,
-    cancellation: Notify,
-}
-
-impl Progress {
-    /// Makes the backup end with an error soon.
-    pub fn cancel(&self) {
-        self.cancelled.store(true, Relaxed);
-        self.cancellation.notify_waiters();
-    }
-
-    /// Waits for a step that isn't done by the packing threads, unless the backup is cancelled.
-    ///
-    /// # Errors
-    /// The step's own, or [`Code::Busy`] after a cancellation.
-    pub async fn unless_cancelled<T>(&self, step: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-        let cancellation = self.cancellation.notified();
-        // Looked at after the waiting has begun: a cancellation in between isn't missed.
-        if self.cancelled.load(Relaxed) {
-            return Err(given_up());
-        }
-        tokio::select! {
-            done = step => done,
-            () = cancellation => Err(given_up()),
-        }
-    }
-
-    fn check(&self) -> io::Result<()> {
-        if self.cancelled.load(Relaxed) { Err(io::Error::other("cancelled")) } else { Ok(()) }
-    }
-}
 
 /// How pages of relations are told and checked.
 #[derive(Clone, Copy, Debug)]
@@ -369,10 +324,6 @@ impl Packer {
         };
         Ok(Some(entry))
     }
-}
-
-fn given_up() -> Failure {
-    Failure::new(Code::Busy, "the backup was given up").hint("Take it again.")
 }
 
 fn next(items: &Mutex<Receiver<Item>>) -> Option<Item> {

@@ -1,14 +1,26 @@
 //! `pgsidecar backup create|list|show`
 
+use std::{
+    process::ExitCode,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
 use clap::{Args, Subcommand};
 use pgsidecar_core::{
     BackupId, BackupKind, BackupRecord,
+    backup::DamagedFile,
     chain::{BackupType, Choice},
 };
 
-use super::{OutputArgs, SystemArgs, open_repository, output};
+use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
 use crate::{
+    backup::{
+        progress::Phase,
+        verify::{Verification, VerifyProgress, verify},
+    },
     client::Client,
+    estimate::Estimate,
     failure::{Code, Failure},
     http::control::CreateBackup,
     jobs::{Outcome, Snapshot},
@@ -24,6 +36,8 @@ pub enum BackupCommand {
     List(ListArgs),
     /// Show one backup
     Show(ShowArgs),
+    /// Check that backups can be restored; ends with 65 if something is missing or damaged
+    Verify(VerifyArgs),
 }
 
 /// `backup create`
@@ -69,12 +83,28 @@ pub struct ShowArgs {
     output: OutputArgs,
 }
 
+/// `backup verify`
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// Only this backup, with those that it builds on
+    #[arg(value_name = "ID")]
+    id: Option<BackupId>,
+    /// Read all of it, too, and check every part and every file in it
+    #[arg(long)]
+    deep: bool,
+    #[command(flatten)]
+    system: SystemArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
 /// Runs one of the commands.
 ///
 /// # Errors
-/// What went wrong.
-pub async fn run(settings: &Settings, command: BackupCommand) -> Result<(), Failure> {
-    match command {
+/// What went wrong. That a backup is damaged is a result, not an error: the exit code tells it.
+pub async fn run(settings: &Settings, command: BackupCommand) -> Result<ExitCode, Failure> {
+    let done = match command {
+        BackupCommand::Verify(args) => return run_verify(settings, args).await,
         BackupCommand::Create(args) => create(settings, args).await,
         BackupCommand::List(args) => {
             let backups = open_repository(settings.work()?, &args.system).await?.backups().await?;
@@ -88,7 +118,58 @@ pub async fn run(settings: &Settings, command: BackupCommand) -> Result<(), Fail
             })?;
             if args.output.json { output::print_json(&backup) } else { print_backup(&backup) }
         }
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+async fn run_verify(settings: &Settings, args: VerifyArgs) -> Result<ExitCode, Failure> {
+    let work = settings.work()?;
+    let repository = open_repository(work, &args.system).await?;
+    let readers = if args.deep { work.parallelism } else { 0 };
+    let progress = Arc::new(VerifyProgress::default());
+    let (looked, began, json) = (progress.clone(), Instant::now(), args.output.json);
+    let shown = tokio::spawn(async move {
+        let mut shown = Shown::new(json);
+        loop {
+            let (done, total) = (looked.read_bytes.load(Relaxed), looked.total_bytes.load(Relaxed));
+            shown.bytes(done, total, Estimate::new(done, total, began.elapsed()), "");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    });
+    let verified = verify(&repository, args.id, readers, &progress).await;
+    shown.abort();
+    let _ = shown.await;
+    let verified = verified?;
+    if args.output.json {
+        output::print_json(&verified)?
+    } else {
+        print_verification(&verified)?
     }
+    Ok(if verified.ok { ExitCode::SUCCESS } else { ExitCode::from(Code::Damaged.exit_code()) })
+}
+
+fn print_verification(verified: &Verification) -> Result<(), Failure> {
+    if verified.backups.is_empty() {
+        return output::print_line("There is no backup.");
+    }
+    for backup in &verified.backups {
+        let how = match (backup.ok, backup.read) {
+            (true, true) => "whole",
+            (true, false) => "all there; whether it's whole was not looked at (--deep does)",
+            (false, _) if backup.problems.is_empty() => "whole, but the database was damaged",
+            (false, _) => "DAMAGED",
+        };
+        output::print_line(&format!("{}  {how}", backup.backup))?;
+        backup.problems.iter().try_for_each(|problem| output::print_line(&format!("  {problem}")))?;
+        print_damaged(&backup.damaged)?;
+    }
+    if verified.ok {
+        return Ok(());
+    }
+    output::print_line(
+        "HINT: Take a full backup now ('pgsidecar backup create --type full'). What is missing or damaged may be had back \
+         where the store keeps older versions; pages that are damaged in the database itself, from an older backup.",
+    )
 }
 
 async fn create(settings: &Settings, args: CreateArgs) -> Result<(), Failure> {
@@ -100,17 +181,9 @@ async fn create(settings: &Settings, args: CreateArgs) -> Result<(), Failure> {
         return if args.output.json { output::print_json(&choice) } else { print_choice(&choice) };
     }
     let job: Snapshot = client.post("/v1/backups", &request).await?;
-    let watched = output::watched() && !args.output.json;
-    let ended = client
-        .follow(job.job, |job| {
-            if watched {
-                output::progress(&describe(job));
-            }
-        })
-        .await;
-    if watched {
-        output::end_progress();
-    }
+    let mut shown = Shown::new(args.output.json);
+    let ended = client.follow(job.job, |job| show(&mut shown, job)).await;
+    drop(shown);
     let record: BackupRecord = match ended?.outcome {
         Some(Outcome::Succeeded(record)) => serde_json::from_value(record).map_err(Failure::internal)?,
         Some(Outcome::Failed(failure)) => return Err(failure),
@@ -133,19 +206,14 @@ fn article(kind: BackupKind) -> &'static str {
     if kind == BackupKind::Incremental { "an" } else { "a" }
 }
 
-fn describe(job: &Snapshot) -> String {
-    let read = output::size(job.bytes);
-    match job.bytes {
-        0 => "waiting for the checkpoint".to_owned(),
-        bytes if job.total_bytes > 0 && bytes < job.total_bytes => {
-            format!(
-                "{read} of about {} ({} %), {} files",
-                output::size(job.total_bytes),
-                bytes * 100 / job.total_bytes,
-                job.files
-            )
+fn show(shown: &mut Shown, job: &Snapshot) {
+    match job.phase {
+        Phase::Checkpoint => shown.doing("waiting for the checkpoint"),
+        Phase::Summaries => shown.doing("looking for what has changed"),
+        Phase::Reading => {
+            shown.bytes(job.bytes, job.total_bytes, job.estimate, &format!("{} files", job.files));
         }
-        _ => format!("{read}, {} files; finishing", job.files),
+        Phase::Wal => shown.doing("waiting for the WAL to be archived"),
     }
 }
 
@@ -192,7 +260,12 @@ fn print_backup(backup: &BackupRecord) -> Result<(), Failure> {
     if let Some(parent) = backup.parent {
         output::print_line(&format!("Builds on  {parent}"))?;
     }
-    for file in &backup.damaged {
+    print_damaged(&backup.damaged)?;
+    backup.warnings.iter().try_for_each(|warning| output::print_line(&format!("Warning    {warning}")))
+}
+
+fn print_damaged(files: &[DamagedFile]) -> Result<(), Failure> {
+    for file in files {
         let relation = file.relation.as_deref().unwrap_or(&file.path);
         let blocks: Vec<String> = file.blocks.iter().map(u32::to_string).collect();
         let more = if file.count > file.blocks.len() as u64 { ", …" } else { "" };
@@ -203,5 +276,5 @@ fn print_backup(backup: &BackupRecord) -> Result<(), Failure> {
             blocks.join(", ")
         ))?;
     }
-    backup.warnings.iter().try_for_each(|warning| output::print_line(&format!("Warning    {warning}")))
+    Ok(())
 }

@@ -4,6 +4,7 @@
 pub mod backup;
 pub mod check;
 pub mod output;
+pub mod progress;
 pub mod restore;
 pub mod status;
 pub mod wal;
@@ -122,7 +123,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         }
         Command::Check(args) => check::run(settings, &args).await,
         Command::Status(args) => status::run(settings, args).await.map(done),
-        Command::Backup(command) => backup::run(settings, command).await.map(done),
+        Command::Backup(command) => backup::run(settings, command).await,
         Command::Restore(command) => restore::run(settings, command).await.map(done),
         Command::Wal(command) => wal::run(settings, command).await,
     }

@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use pgsidecar_core::{MAX_GAPS, TimelineId};
 use serde::Serialize;
 
-use super::{OutputArgs, SystemArgs, open_repository, output};
+use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
 use crate::{
     failure::{Code, Failure},
     pgdata::DataDirectory,
@@ -98,9 +98,7 @@ pub async fn run(settings: &Settings, command: WalCommand) -> Result<ExitCode, F
             let options = VerifyOptions { timeline: args.timeline, readers };
             let verified = verify(&repository, options, &progress).await;
             shown.abort();
-            if output::watched() {
-                output::end_progress();
-            }
+            let _ = shown.await;
             let verified = verified?;
             if args.output.json {
                 output::print_json(&verified)?
@@ -150,9 +148,10 @@ async fn take_over(work: &WorkSettings, args: &TakeOverArgs) -> Result<(), Failu
 
 fn show_progress(progress: Arc<VerifyProgress>, deep: bool, json: bool) -> tokio::task::JoinHandle<()> {
     tokio::spawn(async move {
-        while output::watched() && !json {
+        let mut shown = Shown::new(json);
+        loop {
             let (listed, read) = (progress.listed.load(Relaxed), progress.read.load(Relaxed));
-            output::progress(&match deep {
+            shown.doing(&match deep {
                 true => format!("{read} segments read of {listed} listed"),
                 false => format!("{listed} segments listed"),
             });

@@ -27,6 +27,8 @@ pub struct LastBackup {
     pub id: BackupId,
     /// When it was complete.
     pub stopped_at: Timestamp,
+    /// How many pages of the database were damaged when it was taken.
+    pub damaged_pages: u64,
 }
 
 /// `GET /v1/status`.
@@ -137,7 +139,11 @@ impl Work {
         }
         let repository = self.repository(control.system_identifier);
         match tokio::time::timeout(STATUS_PATIENCE, self.last_backup(&repository)).await {
-            Ok(Ok(last)) => status.last_backup = last,
+            Ok(Ok(last)) => {
+                let damaged = last.as_ref().filter(|last| last.damaged_pages > 0);
+                status.problems.extend(damaged.map(damaged_database));
+                status.last_backup = last;
+            }
             Ok(Err(failure)) => status.problems.push(failure),
             Err(_) => status.problems.push(Failure::new(Code::StoreUnavailable, "the store does not answer in time")),
         }
@@ -154,11 +160,18 @@ impl Work {
         // The newest with a record: those without aren't complete.
         for id in repository.backup_ids().await?.into_iter().rev() {
             if let Some(record) = repository.backup(id).await? {
-                last = Some(LastBackup { id, stopped_at: record.stopped_at });
+                let damaged_pages = record.damaged_pages();
+                last = Some(LastBackup { id, stopped_at: record.stopped_at, damaged_pages });
                 break;
             }
         }
         *cached = Some((Instant::now(), last.clone()));
         Ok(last)
     }
+}
+
+fn damaged_database(backup: &LastBackup) -> Failure {
+    let LastBackup { id, damaged_pages, .. } = backup;
+    Failure::new(Code::Damaged, format!("backup {id} found {damaged_pages} damaged pages in the database"))
+        .hint("'pgsidecar backup show' names the relations. Look at the disk first; an index can be rebuilt (REINDEX), a table's rows be had from an older backup.")
 }
