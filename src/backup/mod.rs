@@ -48,7 +48,7 @@ use self::{
     complete::{check_parts, wait_for_wal},
     kind::Basis,
     listing::Listing,
-    pack::{LastFile, Packer, PageRule, Source},
+    pack::{Effort, LastFile, Packer, PageRule, Source},
     progress::{Phase, Progress},
 };
 use crate::{
@@ -191,7 +191,8 @@ impl Taking<'_> {
             },
             base: basis.base,
         };
-        let packer = Packer::new(repository.clone(), id, source, settings, progress.clone());
+        let effort = Effort { parallelism: settings.parallelism, part_size: settings.part_size };
+        let packer = Packer::new(repository.clone(), id, source, effort, progress.clone());
         let manifest = ManifestWriter::new(ManifestVersion::for_major(server.major()), control.system_identifier);
         let mut listing = Listing::start(&Handle::current(), repository, id, manifest)?;
         // To the very end: what is cancelled after that is nobody's any more.
@@ -304,6 +305,17 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(move || work(&pgdata)).await?
 }
 
+/// Never assumed: page checksums and incremental files count in blocks.
+fn check_block_size(control: &ControlFile) -> Result<(), Failure> {
+    if control.block_size as usize == PAGE_SIZE {
+        return Ok(());
+    }
+    let size = control.block_size;
+    let message = format!("the database has blocks of {size} bytes, and pgsidecar backs up those with {PAGE_SIZE}");
+    Err(Failure::new(Code::Misconfigured, message)
+        .hint("PostgreSQL was compiled with another block size (--with-blocksize). Its WAL is archived all the same."))
+}
+
 /// The server that answers and the directory on the shared volume must be one database.
 fn check_same_server(session: &Session, control: &ControlFile, pgdata: &DataDirectory) -> Result<(), Failure> {
     let server = session.server();
@@ -321,16 +333,7 @@ fn check_same_server(session: &Session, control: &ControlFile, pgdata: &DataDire
             "PGHOST and PGPORT lead to another server than the one whose volume is mounted here. Correct one of them.",
         ));
     }
-    // Never assumed: page checksums and incremental files count in blocks.
-    if control.block_size as usize != PAGE_SIZE {
-        return Err(Failure::new(
-            Code::Misconfigured,
-            format!("the database has blocks of {} bytes, and pgsidecar backs up those with 8,192", control.block_size),
-        )
-        .hint(
-            "PostgreSQL was compiled with another block size (--with-blocksize). Its WAL is archived all the same.",
-        ));
-    }
+    check_block_size(control)?;
     if server.wal_level == "minimal" {
         return Err(Failure::new(
             Code::Misconfigured,
@@ -353,4 +356,20 @@ fn check_same_server(session: &Session, control: &ControlFile, pgdata: &DataDire
         .hint("Turn full_page_writes on at the primary."));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_block_sizes_are_refused() {
+        let control = ControlFile::parse(include_bytes!("../../crates/core/tests/fixtures/pg_control-15")).unwrap();
+        check_block_size(&control).unwrap();
+        for block_size in [4096, 16384, 32768] {
+            let failure = check_block_size(&ControlFile { block_size, ..control }).unwrap_err();
+            assert_eq!(failure.code, Code::Misconfigured);
+            assert!(failure.message.contains(&block_size.to_string()), "{failure}");
+        }
+    }
 }

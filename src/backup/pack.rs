@@ -36,7 +36,6 @@ use super::{
 use crate::{
     failure::{Code, Failure},
     repository::Repository,
-    settings::WorkSettings,
 };
 
 /// How much the threads that read stand back for others, PostgreSQL first of all (nice(2)).
@@ -77,6 +76,15 @@ pub struct Findings {
     pub damaged: Vec<DamagedFile>,
 }
 
+/// How much is done at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// How many threads read and compress.
+    pub parallelism: usize,
+    /// A part ends after the file with which it exceeds this many bytes.
+    pub part_size: u64,
+}
+
 /// What to pack, and how.
 pub struct Packer {
     repository: Repository,
@@ -84,10 +92,7 @@ pub struct Packer {
     runtime: Handle,
     id: BackupId,
     source: Source,
-    /// How many threads read and compress.
-    parallelism: usize,
-    /// A part ends after the file with which it exceeds this many bytes.
-    part_size: u64,
+    effort: Effort,
     progress: Arc<Progress>,
     last_number: AtomicU32,
 }
@@ -120,19 +125,10 @@ impl Packer {
         repository: Repository,
         id: BackupId,
         source: Source,
-        settings: &WorkSettings,
+        effort: Effort,
         progress: Arc<Progress>,
     ) -> Packer {
-        Packer {
-            repository,
-            runtime: Handle::current(),
-            id,
-            source,
-            parallelism: settings.parallelism,
-            part_size: settings.part_size,
-            progress,
-            last_number: AtomicU32::new(0),
-        }
+        Packer { repository, runtime: Handle::current(), id, source, effort, progress, last_number: AtomicU32::new(0) }
     }
 
     /// Packs everything but what has to be last. Blocks. Answers with the parts, in the order of their numbers,
@@ -152,7 +148,7 @@ impl Packer {
                 };
                 walk(&self.source, &mut emit)
             });
-            let workers: Vec<_> = (0..self.parallelism)
+            let workers: Vec<_> = (0..self.effort.parallelism)
                 .map(|_| {
                     let entries_in = entries_in.clone();
                     let items = &items;
@@ -261,7 +257,7 @@ impl Packer {
                         return Err(if failure.code == Code::Io { failure.context(path.display()) } else { failure });
                     }
                 }
-                if part.writer.file_bytes() >= self.part_size
+                if part.writer.file_bytes() >= self.effort.part_size
                     && let Some(part) = open.take()
                 {
                     parts.push(part.close()?);

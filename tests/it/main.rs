@@ -14,6 +14,7 @@ mod checked;
 mod crash;
 mod daemon;
 mod failover;
+mod hardened;
 mod incremental_formats;
 mod memory;
 mod misconfiguration;
