@@ -70,7 +70,7 @@ impl TargetDirectory {
                 .hint("Give the data directory and each tablespace a directory of its own, side by side."));
             }
         }
-        check_room(path, backup.plain_bytes())?;
+        check_room(path, backup.restored_size())?;
         let mut directory = TargetDirectory {
             path: path.to_owned(),
             created: false,
