@@ -10,6 +10,7 @@ mod backup_outcomes;
 mod bad_input;
 mod brought_along;
 mod by_hand;
+mod chains;
 mod crash;
 mod daemon;
 mod failover;
