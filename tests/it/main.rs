@@ -10,6 +10,7 @@ mod backup_outcomes;
 mod bad_input;
 mod brought_along;
 mod by_hand;
+mod chain_outcomes;
 mod chains;
 mod crash;
 mod daemon;
