@@ -4,6 +4,7 @@
 //! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
 
 mod listing;
+mod stored;
 
 use std::{io::Write, sync::Arc, time::Duration};
 
@@ -18,7 +19,10 @@ use pgsidecar_core::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinHandle};
 
-pub use self::listing::{ListedWal, WalListing};
+pub use self::{
+    listing::{ListedWal, WalListing},
+    stored::StoredReader,
+};
 use crate::{
     codec::{self, ChannelReader, Compressed},
     failure::{Code, Failure},

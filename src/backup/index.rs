@@ -9,8 +9,7 @@ use pgsidecar_core::{BackupRecord, incremental_file::path_of_incremental, layout
 use serde::Deserialize;
 
 use crate::{
-    codec::HashingReader,
-    failure::{Code, Failure},
+    failure::Failure,
     repository::{Repository, damaged},
 };
 
@@ -53,7 +52,7 @@ impl IndexEntry {
 /// counts only if this succeeds: whether the index is the one that was stored is known at its end.
 ///
 /// # Errors
-/// The store's, `each`'s, or [`Code::Damaged`].
+/// The store's, `each`'s, or [`Code::Damaged`](crate::failure::Code::Damaged).
 pub async fn read<T: Send + 'static>(
     repository: &Repository,
     backup: &BackupRecord,
@@ -61,30 +60,23 @@ pub async fn read<T: Send + 'static>(
     mut each: impl FnMut(&mut T, IndexEntry) -> Result<(), Failure> + Send + 'static,
 ) -> Result<T, Failure> {
     let key = repository.layout().backup(backup.id, BackupObject::Index);
-    let Some((_, reader)) = repository.open_stream(&key).await? else {
-        return Err(damaged(key.as_str(), "it is missing"));
-    };
-    let (stored, files) = (backup.index, backup.files);
+    let reader = repository.open_stored(&key, backup.index).await?;
+    let files = backup.files;
     let read = move || {
-        let why = reader.failure();
-        let bad = |error: std::io::Error| match why.or_io("", &error) {
-            failure if failure.code == Code::Io => damaged(key.as_str(), &error.to_string()),
-            failure => failure,
-        };
-        let decoder = zstd::stream::read::Decoder::new(HashingReader::new(reader)).map_err(bad)?;
-        let mut lines = BufReader::new(decoder);
+        let mut lines = BufReader::new(reader);
         let (mut line, mut count) = (Vec::new(), 0);
         loop {
             line.clear();
-            if (&mut lines).take(MOST_LINE_BYTES).read_until(b'\n', &mut line).map_err(bad)? == 0 {
-                break;
+            match (&mut lines).take(MOST_LINE_BYTES).read_until(b'\n', &mut line) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) => return Err(lines.get_ref().explain(&error)),
             }
             let entry = serde_json::from_slice(&line).map_err(|error| damaged(key.as_str(), &error.to_string()))?;
             each(&mut collected, entry)?;
             count += 1;
         }
-        let hashing = lines.into_inner().finish().into_inner();
-        hashing.check(stored).map_err(|how| damaged(key.as_str(), &how))?;
+        lines.into_inner().finish()?;
         if count != files {
             return Err(damaged(key.as_str(), &format!("it lists {count} files, the backup's record says {files}")));
         }

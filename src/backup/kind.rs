@@ -79,22 +79,23 @@ pub async fn found(
     start: Lsn,
 ) -> Result<Basis, Failure> {
     let full = |choice: Choice| {
-        if choice.falls_back {
-            tracing::warn!(
-                because = choice.because,
-                "base backup: a full one, not the {wanted} one that was asked for"
-            );
+        // Also where nothing else was asked for: a full one takes more time and room than the last one did.
+        if choice.falls_back || wanted == BackupType::Auto {
+            tracing::warn!(because = choice.because, "base backup: a full one, wanted was {wanted}");
         }
         Ok(Basis { choice, parent: None, base: None })
     };
-    let Some(id) = choice.parent else { return full(choice) };
+    let instead = |because: String| full(Choice::full_instead(wanted, because));
+    let Some(id) = choice.parent else {
+        return if choice.falls_back { full(choice) } else { Ok(Basis { choice, parent: None, base: None }) };
+    };
     let Some(parent) = repository.backup(id).await? else {
-        return full(Choice::full_instead(wanted, format!("backup {id} has been removed meanwhile")));
+        return instead(format!("backup {id} has been removed meanwhile"));
     };
     let history = history(repository, pgdata).await?;
     match Base::prepare(repository, pgdata, &parent, &history, start, SUMMARY_PATIENCE).await {
         Ok(base) => Ok(Basis { choice, parent: Some(parent), base: Some(base) }),
-        Err(NoBase::Because(because)) => full(Choice::full_instead(wanted, because)),
+        Err(NoBase::Because(because)) => instead(because),
         Err(NoBase::Failed(failure)) => Err(failure),
     }
 }

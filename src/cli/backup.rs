@@ -230,7 +230,7 @@ fn print_list(backups: &[BackupRecord]) -> Result<(), Failure> {
                 backup.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
                 backup.timeline.to_string(),
                 backup.stop_lsn.to_string(),
-                output::size(backup.restored_bytes),
+                output::size(backup.restored_size()),
                 output::size(backup.stored_bytes()),
             ]
         })
@@ -248,7 +248,7 @@ fn print_backup(backup: &BackupRecord) -> Result<(), Failure> {
             "Server",
             format!("PostgreSQL {}{}", backup.major_version(), if backup.from_standby { ", a standby" } else { "" }),
         ),
-        ("Database", format!("{} in {} files", output::size(backup.restored_bytes), backup.files)),
+        ("Database", format!("{} in {} files", output::size(backup.restored_size()), backup.files)),
         ("Stored", format!("{} in {} parts", output::size(backup.stored_bytes()), backup.parts.len())),
     ];
     for (name, value) in lines {

@@ -6,7 +6,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 use pgsidecar_core::{
-    BackupId, Lsn, TimelineId,
+    BackupId, BackupRecord, Lsn, TimelineId,
     plan::{RestorePlan, RestoreRequest},
     recovery::{RecoveryTarget, RestorePointName, TargetAction, parse_target_time},
 };
@@ -149,7 +149,11 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             if !args.output.json {
                 print_plan(&plan, &repository)?;
             }
-            let shown = show_progress(progress.clone(), plan.backup.plain_bytes(), args.output.json);
+            let shown = show_progress(
+                progress.clone(),
+                plan.chain.iter().map(BackupRecord::plain_bytes).sum(),
+                args.output.json,
+            );
             let restored = restore::run(&repository, &plan, &options, progress).await;
             shown.abort();
             if output::watched() {
@@ -239,12 +243,24 @@ fn print_plan(plan: &RestorePlan, repository: &Repository) -> Result<(), Failure
             "Size",
             format!(
                 "{} to be written, {} to be read",
-                output::size(plan.backup.plain_bytes()),
-                output::size(plan.backup.stored_bytes())
+                output::size(plan.backup.restored_size()),
+                output::size(plan.download_bytes)
             ),
         ),
     ];
-    lines.iter().try_for_each(|(name, value)| output::print_line(&format!("{name:<7} {value}")))?;
+    for (name, value) in lines {
+        output::print_line(&format!("{name:<7} {value}"))?;
+        if name == "Backup" && plan.chain.len() > 1 {
+            let links: Vec<String> = plan.chain.iter().map(|link| link.id.to_string()).collect();
+            output::print_line(&format!("{:<7} {}", "Chain", links.join(", then ")))?;
+        }
+    }
+    for passed in &plan.passed_over {
+        output::print_line(&format!(
+            "WARNING backup {} is newer but can't be restored: {}",
+            passed.backup, passed.because
+        ))?;
+    }
     match plan.gap {
         None => Ok(()),
         Some(missing) => output::print_line(&format!(

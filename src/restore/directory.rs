@@ -14,7 +14,7 @@ use pgsidecar_core::{BackupId, BackupRecord};
 use crate::failure::{Code, Failure};
 
 /// Says that what is in the directory comes from a restore that isn't complete.
-const MARKER: &str = "pgsidecar.restoring";
+pub(super) const MARKER: &str = "pgsidecar.restoring";
 const HOLDS_A_DATABASE: &str = "holds a database";
 const BEING_RESTORED_TO: &str = "is being restored to at this moment";
 
@@ -70,7 +70,7 @@ impl TargetDirectory {
                 .hint("Give the data directory and each tablespace a directory of its own, side by side."));
             }
         }
-        check_room(path, backup.plain_bytes())?;
+        check_room(path, backup.restored_size())?;
         let mut directory = TargetDirectory {
             path: path.to_owned(),
             created: false,

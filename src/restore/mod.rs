@@ -5,22 +5,30 @@
 //! 1. Nothing is touched before the plan holds, the directory is empty and there is room.
 //! 2. A marker file says that the directory is ours. A crash from here on leaves no `PG_VERSION`: nothing starts on
 //!    the directory, and the next restore into it starts over.
-//! 3. All parts but the last are unpacked in parallel; each is checked against its SHA-256 when it's through.
-//! 4. The last part is taken into memory: it's what makes the directory startable.
-//! 5. `backup_manifest`, recovery settings, `recovery.signal`, `backup_label`, `tablespace_map`, links.
-//! 6. One `syncfs` for each file system: everything up to here is durable.
-//! 7. `pg_control`, then `PG_VERSION` by rename, each with its own fsync. From here on PostgreSQL starts.
-//! 8. The marker goes.
+//! 3. All parts of the full backup but the last are unpacked in parallel; each is checked against its SHA-256 when it's
+//!    through. What is not in the backup that is wanted in the end is left out from the beginning.
+//! 4. The last part of the backup that is wanted is taken into memory: it's what makes the directory startable. That of
+//!    the backups that it builds on isn't read at all.
+//! 5. If it builds on others: the parts of the next backup over what is there, and so on to its own, each backup in
+//!    parallel and never two. Nothing tells from outside how far that is: killed, it begins with the full one again.
+//!    Then what isn't its own is removed.
+//! 6. `backup_manifest` (PostgreSQL's own, or for a chain a new one), recovery settings, `recovery.signal`, `backup_label`, `tablespace_map`, links.
+//! 7. One `syncfs` for each file system: everything up to here is durable.
+//! 8. `pg_control`, then `PG_VERSION` by rename, each with its own fsync. From here on PostgreSQL starts.
+//! 9. The marker goes.
 //!
 //! If any step fails, what was written is removed again.
 
+mod chain;
 pub mod directory;
+mod layer;
+mod manifest;
+mod prune;
 pub mod unpack;
 
 use std::{
     collections::BTreeMap,
     fs,
-    io::{Read, Write},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     sync::Arc,
@@ -28,26 +36,20 @@ use std::{
 
 use pgsidecar_core::{
     BackupRecord,
-    backup::{PartRecord, StoredObject},
     backup_label::TablespaceMap,
-    layout::BackupObject,
     plan::{RestorePlan, RestoreRequest, WalScan, select},
     recovery::{RecoverySettings, RecoveryTarget, TargetAction, rewrite_auto_conf},
 };
-use tokio::task::JoinSet;
 
 use self::{
+    chain::Filling,
     directory::TargetDirectory,
     unpack::{HeldFile, Progress, Unpacker},
 };
 use crate::{
-    codec::HashingReader,
     failure::{Code, Failure},
     repository::{Repository, damaged},
 };
-
-/// The last part holds a few small files. Anything larger isn't one.
-const MAX_LAST_PART_BYTES: u64 = 8 << 20;
 
 /// What is to happen beyond the plan.
 #[derive(Clone, Debug)]
@@ -156,25 +158,13 @@ async fn fill(
     progress: Arc<Progress>,
 ) -> Result<(), Failure> {
     let backup = &plan.backup;
-    let Some((last, parts)) = backup.parts.split_last() else {
-        return Err(damaged(&format!("backup {}", backup.id), "its record lists no parts"));
+    let unpacker = Unpacker::new(directory, tablespaces.clone(), progress);
+    let filling = Filling { repository, directory, tablespaces, unpacker, parallelism: options.parallelism };
+    let remap = |held: &mut [HeldFile]| remap(held, &options.tablespaces);
+    let held = match plan.chain.as_slice() {
+        [full, between @ .., newest] => filling.chain(full, between, newest, remap).await?,
+        _ => filling.full(backup, remap).await?,
     };
-    let unpacker = Unpacker::new(directory, tablespaces.clone(), progress.clone());
-    let files = unpack_parts(repository, backup, parts, &unpacker, options.parallelism).await?;
-    let held = hold_part(repository, backup, last).await?;
-    let files = files + held.len() as u64;
-    if files != backup.files {
-        return Err(damaged(
-            &format!("backup {}", backup.id),
-            &format!("its parts hold {files} files, its record says {}", backup.files),
-        ));
-    }
-    if let Some(file) = held.first() {
-        directory.adopt(file.owner)?;
-    }
-    // Here, so that a damaged one ends the restore before anything is startable.
-    let manifest = directory.create("backup_manifest")?;
-    read_stored(repository, backup, BackupObject::Manifest, backup.manifest, u64::MAX - 1, manifest).await?;
     let settings = RecoverySettings {
         target: plan.target.clone(),
         inclusive: options.inclusive,
@@ -183,97 +173,23 @@ async fn fill(
         restore_command: options.restore_command.clone(),
     };
     let (directory, tablespaces, major) = (directory.clone(), tablespaces.clone(), backup.major_version());
-    let mapping = options.tablespaces.clone();
-    tokio::task::spawn_blocking(move || make_startable(&directory, &tablespaces, &mapping, major, &settings, held))
-        .await?
+    tokio::task::spawn_blocking(move || make_startable(&directory, &tablespaces, major, &settings, held)).await?
 }
 
-/// Unpacks parts, several at a time. Returns only when no thread writes any more, whatever happens.
-async fn unpack_parts(
-    repository: &Repository,
-    backup: &BackupRecord,
-    parts: &[PartRecord],
-    unpacker: &Unpacker,
-    parallelism: usize,
-) -> Result<u64, Failure> {
-    let mut waiting = parts.iter();
-    let mut running = JoinSet::new();
-    let mut files = 0;
-    let mut failure: Option<Failure> = None;
-    loop {
-        while failure.is_none() && running.len() < parallelism {
-            let Some(part) = waiting.next() else { break };
-            let (repository, part, id, unpacker) = (repository.clone(), *part, backup.id, unpacker.clone());
-            running.spawn(async move {
-                let key = repository.layout().backup(id, BackupObject::Part(part.number));
-                let reader =
-                    repository.open_stream(&key).await?.ok_or_else(|| damaged(key.as_str(), "it is missing"))?.1;
-                let unpacked = tokio::task::spawn_blocking(move || unpacker.unpack(reader, &part)).await?;
-                unpacked.map_err(|failure| if failure.code == Code::Io { failure } else { failure.context(key) })
-            });
-        }
-        match running.join_next().await {
-            None => break,
-            Some(ended) => match ended.map_err(Failure::from).and_then(|result| result) {
-                Ok(unpacked) => files += unpacked,
-                Err(first) => {
-                    unpacker.cancel();
-                    failure.get_or_insert(first);
-                }
-            },
-        }
+/// PostgreSQL makes its links by tablespace_map when it starts: with the old locations it would point back to them.
+fn remap(held: &mut [HeldFile], mapping: &BTreeMap<String, String>) -> Result<(), Failure> {
+    for map in held.iter_mut().filter(|file| file.path == "tablespace_map") {
+        let parsed: Result<TablespaceMap, _> = String::from_utf8_lossy(&map.content).parse();
+        let parsed = parsed.map_err(|error| damaged("tablespace_map", &format!("{error}")))?;
+        map.content = parsed.remap(mapping).to_string().into_bytes();
     }
-    failure.map_or(Ok(files), Err)
+    Ok(())
 }
 
-async fn hold_part(
-    repository: &Repository,
-    backup: &BackupRecord,
-    part: &PartRecord,
-) -> Result<Vec<HeldFile>, Failure> {
-    let object = BackupObject::Part(part.number);
-    let plain = read_stored(repository, backup, object, part.stored, MAX_LAST_PART_BYTES, Vec::new()).await?;
-    let key = repository.layout().backup(backup.id, object);
-    unpack::hold(&plain).map_err(|error| damaged(key.as_str(), &error.to_string()))
-}
-
-/// Reads a compressed object of a backup into a writer, and checks at its end that its bytes were those that were
-/// stored. More plain bytes than `limit` are damage.
-async fn read_stored<W: Write + Send + 'static>(
-    repository: &Repository,
-    backup: &BackupRecord,
-    object: BackupObject,
-    stored: StoredObject,
-    limit: u64,
-    mut writer: W,
-) -> Result<W, Failure> {
-    let key = repository.layout().backup(backup.id, object);
-    let Some((_, reader)) = repository.open_stream(&key).await? else {
-        return Err(damaged(key.as_str(), "it is missing"));
-    };
-    let name = key.to_string();
-    let read = move || {
-        let why = reader.failure();
-        let bad = |error: std::io::Error| match why.or_io("", &error) {
-            failure if failure.code == Code::Io && error.raw_os_error().is_none() => damaged(&name, &error.to_string()),
-            failure => failure,
-        };
-        let mut decoder = zstd::stream::read::Decoder::new(HashingReader::new(reader)).map_err(bad)?;
-        let copied = std::io::copy(&mut (&mut decoder).take(limit + 1), &mut writer).map_err(bad)?;
-        if copied > limit {
-            return Err(damaged(&name, &format!("it holds more than {limit} bytes")));
-        }
-        decoder.finish().into_inner().check(stored).map_err(|how| damaged(&name, &how))?;
-        Ok(writer)
-    };
-    tokio::task::spawn_blocking(read).await?
-}
-
-/// Steps 5 to 8.
+/// Steps 6 to 9.
 fn make_startable(
     directory: &TargetDirectory,
     tablespaces: &BTreeMap<u32, PathBuf>,
-    mapping: &BTreeMap<String, String>,
     major: u32,
     settings: &RecoverySettings,
     held: Vec<HeldFile>,
@@ -301,11 +217,7 @@ fn make_startable(
     directory.write("recovery.signal", b"")?;
     directory.write("backup_label", &label.content)?;
     if let Some(map) = map {
-        // PostgreSQL makes its links by this file when it starts: with the old locations it would point back to them.
-        let parsed: TablespaceMap = String::from_utf8_lossy(&map.content)
-            .parse()
-            .map_err(|error| damaged("tablespace_map", &format!("{error}")))?;
-        directory.write("tablespace_map", parsed.remap(mapping).to_string().as_bytes())?;
+        directory.write("tablespace_map", &map.content)?;
     }
     for (oid, target) in tablespaces {
         let link = root.join("pg_tblspc").join(oid.to_string());

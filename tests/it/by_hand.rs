@@ -2,10 +2,13 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
-use crate::support::{
-    Postgres, Repository, Scratch, Sidecar, command,
-    restoring::{AS_A_COPY, archiving_configured, back_up, ship_wal, text},
-    run, wait_until,
+use crate::{
+    chains::{SUMMARIZED, take},
+    support::{
+        Postgres, Repository, Scratch, Sidecar, command,
+        restoring::{AS_A_COPY, archiving_configured, back_up, ship_wal, text},
+        run, wait_until,
+    },
 };
 
 /// The code blocks of the section, in order: S3, directory.
@@ -27,13 +30,19 @@ struct Source {
 }
 
 /// Rows before and after the backup, and settings that a restore has to get rid of.
-fn source(scratch: &Scratch, repository: &Repository, major: u32) -> (Source, Sidecar) {
-    let (postgres, sidecar) = archiving_configured(scratch, major, &["--wal-segsize=1"], repository, &[]);
+fn source(scratch: &Scratch, repository: &Repository, major: u32, kinds: &[&str]) -> (Source, Sidecar) {
+    let settings: &[&str] = if major >= 17 { SUMMARIZED } else { &[] };
+    let (postgres, sidecar) = archiving_configured(scratch, major, &["--wal-segsize=1"], repository, settings);
+    postgres.sql("CREATE TABLE large AS SELECT n, repeat('x', 200) FROM generate_series(1, 5000) n");
     postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
     postgres.sql("ALTER SYSTEM SET recovery_target_xid = '1'");
     postgres.sql("ALTER SYSTEM SET restore_command = 'false'");
     fs::write(postgres.data.join("standby.signal"), "").unwrap();
-    let backup = back_up(&sidecar);
+    let mut backup = back_up(&sidecar);
+    for kind in kinds {
+        postgres.sql("UPDATE large SET n = -n WHERE n % 1000 = 1");
+        backup = take(&sidecar, kind);
+    }
     postgres.sql("INSERT INTO rows VALUES (2)");
     ship_wal(&postgres);
     postgres.sql("INSERT INTO rows VALUES (3)");
@@ -47,7 +56,8 @@ fn restores(scratch: &Scratch, source: &Source, block: &str, environment: &[(&st
     let to = scratch.path().join("by hand");
     let mut bash = command("bash");
     bash.arg("-c").arg(block).env("CLUSTER", "main").env("SYSTEM", &source.system).env("BACKUP", &source.backup);
-    bash.env("PGDATA", &to).envs(environment.iter().map(|(name, value)| (name, value)));
+    let path = format!("{}:{}", Postgres::bin(source.postgres.major).display(), std::env::var("PATH").unwrap());
+    bash.env("PATH", path).env("PGDATA", &to).envs(environment.iter().map(|(name, value)| (name, value)));
     run(bash.current_dir(scratch.path()));
     run(source.postgres.client("pg_verifybackup").arg("-n").arg(&to));
 
@@ -56,6 +66,8 @@ fn restores(scratch: &Scratch, source: &Source, block: &str, environment: &[(&st
     copy.spawn(AS_A_COPY);
     copy.wait_for_promotion();
     assert_eq!(copy.sql("SELECT string_agg(n::text, ' ' ORDER BY n) FROM rows"), "1 2 3", "{}", copy.log());
+    let large = "SELECT count(*), sum(n) FROM large";
+    assert_eq!(copy.sql(large), source.postgres.sql(large));
 }
 
 /// The answer of the restore_command that the block has written.
@@ -71,7 +83,7 @@ const NO_SUCH_SEGMENT: &str = "0000000100000000000000FF";
 fn a_backup_in_a_directory_is_restored_by_the_documented_commands_pg17() {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let (source, mut sidecar) = source(&scratch, &repository, 17);
+    let (source, mut sidecar) = source(&scratch, &repository, 17, &[]);
     sidecar.stop();
     let environment = [("REPOSITORY", text(&scratch.path().join("repository")).to_owned())];
     restores(&scratch, &source, &blocks()[1], &environment);
@@ -81,10 +93,29 @@ fn a_backup_in_a_directory_is_restored_by_the_documented_commands_pg17() {
 }
 
 #[test]
+fn a_chain_in_a_directory_is_restored_by_the_documented_commands_pg17() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (source, mut sidecar) = source(&scratch, &repository, 17, &["incremental", "incremental"]);
+    sidecar.stop();
+    let environment = [("REPOSITORY", text(&scratch.path().join("repository")).to_owned())];
+    restores(&scratch, &source, &blocks()[1], &environment);
+}
+
+#[test]
 fn a_backup_in_s_3_is_restored_by_the_documented_commands_awscli_pg15() {
+    restored_from_s3(15, &[]);
+}
+
+#[test]
+fn a_chain_in_s_3_is_restored_by_the_documented_commands_awscli_pg17() {
+    restored_from_s3(17, &["incremental", "differential"]);
+}
+
+fn restored_from_s3(major: u32, kinds: &[&str]) {
     let scratch = Scratch::new();
     let repository = Repository::s3();
-    let (source, mut sidecar) = source(&scratch, &repository, 15);
+    let (source, mut sidecar) = source(&scratch, &repository, major, kinds);
     sidecar.stop();
     let Repository::S3(server) = &repository else { unreachable!() };
     // Debian 12's aws knows the endpoint only as an option.
@@ -96,7 +127,8 @@ fn a_backup_in_s_3_is_restored_by_the_documented_commands_awscli_pg15() {
     fs::write(bin.join("aws"), format!("#!/bin/sh\nexec {aws} --endpoint-url http://{} \"$@\"\n", server.address()))
         .unwrap();
     fs::set_permissions(bin.join("aws"), fs::Permissions::from_mode(0o755)).unwrap();
-    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let postgres = Postgres::bin(major);
+    let path = format!("{}:{}:{}", bin.display(), postgres.display(), std::env::var("PATH").unwrap());
     let mut environment = vec![
         ("PATH", path),
         ("HOME", text(scratch.path()).to_owned()),

@@ -12,7 +12,7 @@ use crate::support::{
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A standby that streams from this primary, with a sidecar of its own that its `archive_command` uses once promoted.
-fn standby_of(scratch: &Scratch, primary: &Postgres, repository: &Repository) -> (Postgres, Sidecar) {
+pub fn standby_of(scratch: &Scratch, primary: &Postgres, repository: &Repository) -> (Postgres, Sidecar) {
     let directory = scratch.path().join("standby");
     run(primary.client("pg_basebackup").args(["-c", "fast", "-X", "stream", "--no-sync", "-R", "-D"]).arg(&directory));
     let mut standby = Postgres::on(scratch, directory, primary.major);
@@ -43,7 +43,8 @@ fn ready(postgres: &Postgres) -> Vec<String> {
     names.filter_map(|name| name.strip_suffix(".ready").map(str::to_owned)).collect()
 }
 
-fn promote(standby: &mut Postgres) {
+/// Makes a primary of it.
+pub fn promote(standby: &mut Postgres) {
     assert_eq!(standby.sql("SELECT pg_promote()"), "t");
     standby.wait_for_promotion();
 }

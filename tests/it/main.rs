@@ -10,6 +10,8 @@ mod backup_outcomes;
 mod bad_input;
 mod brought_along;
 mod by_hand;
+mod chain_outcomes;
+mod chains;
 mod checked;
 mod crash;
 mod daemon;

@@ -205,6 +205,12 @@ impl BackupRecord {
         self.parts.iter().map(|part| part.stored.size).sum::<u64>() + self.manifest.size + self.index.size
     }
 
+    /// Bytes that the data directory has when the backup is restored, with what comes from backups that it builds on.
+    pub fn restored_size(&self) -> u64 {
+        // Records of the first versions, which knew full backups only, don't tell.
+        self.restored_bytes.max(self.plain_bytes())
+    }
+
     /// How many pages are damaged.
     pub fn damaged_pages(&self) -> u64 {
         self.damaged.iter().map(|file| file.count).sum()

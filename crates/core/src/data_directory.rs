@@ -11,6 +11,8 @@
 //! (see [`skip_as_unlogged`]), and which of the version directories of a tablespace is the server's own on
 //! its catalog version (see [`tablespace_version_directory`]): both are the walker's to ask.
 
+use crate::incremental_file::INCREMENTAL_PREFIX;
+
 /// What becomes of a file or directory in a backup.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Treatment {
@@ -66,7 +68,10 @@ pub fn treat_directory(path: &str) -> Treatment {
 pub fn treat_file(path: &str) -> Treatment {
     let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
     let temporary = is_temporary_relation(name) && is_relation_directory(directory);
-    if skipped(path) || LEFT_OUT.contains(&name) || temporary {
+    // No server writes one; in a backup it would be taken for a part of the relation's file.
+    let increment = name.strip_prefix(INCREMENTAL_PREFIX).is_some_and(|name| relation_file(name).is_some())
+        && is_relation_directory(directory);
+    if skipped(path) || LEFT_OUT.contains(&name) || temporary || increment {
         Treatment::Skip
     } else if matches!(path, "PG_VERSION" | "global/pg_control") {
         Treatment::Last
@@ -228,6 +233,7 @@ mod tests {
             "archive/pg_wal",
             // A temporary relation's name, but no relation's directory.
             "extension/t3_16400",
+            "extension/INCREMENTAL.16400",
             // `standby.signal` and `recovery.signal` are copied: the restore decides about them.
             "standby.signal",
         ] {
@@ -250,6 +256,7 @@ mod tests {
         for path in [
             "base/pgsql_tmp/pgsql_tmp123.0",
             "base/5/t3_16400_fsm.1",
+            "base/5/INCREMENTAL.16400",
             "pg_tblspc/1/PG_15_202209061/5/t3_16400",
             "global/pg_internal.init",
             "base/5/pg_internal.init.4711",

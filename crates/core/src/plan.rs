@@ -12,7 +12,9 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId, WalSegmentSize, recovery::RecoveryTarget,
+    BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId, WalSegmentSize,
+    chain::{ChainError, chain},
+    recovery::RecoveryTarget,
 };
 
 /// What a restore was asked for.
@@ -40,8 +42,21 @@ pub struct Catalog {
 pub struct Selection {
     /// The backup to begin with.
     pub backup: BackupRecord,
+    /// The backups that have to be restored for it: the full one first, itself last.
+    pub chain: Vec<BackupRecord>,
+    /// Newer ones that would have been chosen if all were there that they build on.
+    pub passed_over: Vec<PassedOver>,
     /// The timeline to end on, with the way to it.
     pub history: TimelineHistory,
+}
+
+/// A backup that can't be restored, so that an older one is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct PassedOver {
+    /// The backup.
+    pub backup: BackupId,
+    /// Why it can't be restored, a sentence for people.
+    pub because: String,
 }
 
 /// Why a target can't be reached. Each message says what is there instead; [`PlanError::hint`] what to do.
@@ -91,6 +106,9 @@ pub enum PlanError {
     /// A name says nothing about when.
     #[error("which backup precedes the restore point {0:?} isn't known")]
     NameNeedsBackup(String),
+    /// The backup that was named, or every one that leads to the target, builds on one that isn't there.
+    #[error("{0}: it can't be restored")]
+    Chain(ChainError),
     /// WAL from the time of the backup itself is missing.
     #[error("backup {backup} can't be restored: WAL segment {missing}, which it needs, is not in the archive")]
     BackupLacksWal {
@@ -154,6 +172,9 @@ impl PlanError {
             PlanError::NameNeedsBackup(_) => {
                 "Name the last backup before the restore point with --backup ('pgsidecar backup list' shows them)."
             }
+            PlanError::Chain(_) => {
+                "'pgsidecar backup list' shows what is there. Choose another backup with --backup, or leave it out so that one is found that can be restored."
+            }
             PlanError::BackupLacksWal { .. } => "Choose another backup with --backup.",
             PlanError::TimelineNotReached { .. } => {
                 "Name the timeline before it with --target-timeline. If its server runs, SELECT pg_switch_wal() ships the segment."
@@ -190,12 +211,31 @@ pub fn select(catalog: &Catalog, request: &RestoreRequest) -> Result<Selection, 
         Some(timeline) => vec![catalog.history(timeline).ok_or(PlanError::NoSuchTimeline(timeline))?],
         None => catalog.newest_first(),
     };
+    let mut passed_over: Vec<(ChainError, PassedOver)> = Vec::new();
     for history in &ways {
         let on_the_way = candidates.iter().filter(|b| history.contains(b.timeline, b.stop_lsn));
-        let newest = on_the_way.filter(|b| allows(b, &request.target)).max_by_key(|b| (b.stop_lsn, b.id));
-        if let Some(backup) = newest {
-            return Ok(Selection { backup: (*backup).clone(), history: history.clone() });
+        let mut leading: Vec<&&BackupRecord> = on_the_way.filter(|b| allows(b, &request.target)).collect();
+        leading.sort_by_key(|b| std::cmp::Reverse((b.stop_lsn, b.id)));
+        for backup in leading {
+            match chain(backup, &catalog.backups) {
+                Ok(links) => {
+                    return Ok(Selection {
+                        backup: (*backup).clone(),
+                        chain: links.into_iter().cloned().collect(),
+                        passed_over: passed_over.into_iter().map(|(_, passed)| passed).collect(),
+                        history: history.clone(),
+                    });
+                }
+                // A backup can lie on more than one way.
+                Err(_) if passed_over.iter().any(|(_, passed)| passed.backup == backup.id) => {}
+                Err(error) => {
+                    passed_over.push((error, PassedOver { backup: backup.id, because: error.to_string() }));
+                }
+            }
         }
+    }
+    if let Some((error, _)) = passed_over.first() {
+        return Err(PlanError::Chain(*error));
     }
     let on_some_way = candidates.iter().filter(|b| ways.iter().any(|h| h.contains(b.timeline, b.stop_lsn)));
     let target = request.target.to_string();
@@ -324,6 +364,13 @@ impl WalScan {
 pub struct RestorePlan {
     /// The backup to begin with.
     pub backup: BackupRecord,
+    /// The backups that are restored one over the other: the full one first, itself last.
+    #[serde(serialize_with = "as_ids")]
+    pub chain: Vec<BackupRecord>,
+    /// Bytes of the repository that are read for it, without WAL.
+    pub download_bytes: u64,
+    /// Newer backups that lead to the target as well but can't be restored.
+    pub passed_over: Vec<PassedOver>,
     /// The target.
     #[serde(serialize_with = "as_text")]
     pub target: RecoveryTarget,
@@ -343,6 +390,10 @@ fn as_text<S: serde::Serializer>(target: &RecoveryTarget, serializer: S) -> Resu
     serializer.collect_str(target)
 }
 
+fn as_ids<S: serde::Serializer>(chain: &[BackupRecord], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(chain.iter().map(|link| link.id))
+}
+
 /// Whether transaction `xid` is `next` or later. PostgreSQL compares the lower 32 bits of a target alone, in the
 /// way of its wraparound arithmetic, and so does this.
 fn xid_not_before(xid: u64, next: u64) -> bool {
@@ -355,7 +406,7 @@ impl RestorePlan {
     /// # Errors
     /// If the WAL doesn't make the backup consistent or doesn't reach the target.
     pub fn new(selection: Selection, target: RecoveryTarget, wal: WalFacts) -> Result<RestorePlan, PlanError> {
-        let Selection { backup, history } = selection;
+        let Selection { backup, chain, passed_over, history } = selection;
         let size = backup.wal_segment_size;
         // PostgreSQL needs the segments up to the one that holds the byte before the stop (XLByteToPrevSeg).
         let last_of_backup = size.previous_segment_number(backup.stop_lsn);
@@ -397,6 +448,9 @@ impl RestorePlan {
             gap: wal.gap.then_some(wal.missing),
             timeline: history.timeline(),
             target,
+            download_bytes: chain.iter().map(BackupRecord::stored_bytes).sum(),
+            chain,
+            passed_over,
             backup,
         })
     }

@@ -127,6 +127,41 @@ fn a_named_backup_is_used_or_refused_never_replaced() {
 }
 
 #[test]
+fn a_backup_whose_chain_is_not_whole_is_passed_over_and_refused_where_it_was_named() {
+    let on = |parent: &BackupRecord, start: u64, bytes: u64| {
+        let own = backup(1, start, start + 2);
+        let id = BackupId::new(own.id.began(), BackupKind::Incremental);
+        let object = StoredObject { size: bytes, ..own.index };
+        BackupRecord { id, parent: Some(parent.id), index: object, ..own }
+    };
+    let first = backup(1, 10, 12);
+    let second = on(&first, 20, 100);
+    let third = on(&second, 30, 10_000);
+    let (all, ids) = (vec![first.clone(), second.clone(), third.clone()], [first.id, second.id, third.id]);
+    let catalog = Catalog { backups: all, histories: vec![] };
+    let segments: Vec<(u32, u64)> = (10..40).map(|number| (1, number)).collect();
+    let whole = plan(&catalog, RecoveryTarget::Latest, &segments).unwrap();
+    let json = serde_json::to_value(&whole).unwrap();
+    assert_eq!(json["chain"], serde_json::json!(ids));
+    // The manifests have 1 byte each, and the first index as well.
+    assert_eq!((whole.download_bytes, whole.passed_over), (2 + 101 + 10_001, vec![]));
+
+    let cut = Catalog { backups: vec![third.clone(), first.clone()], histories: vec![] };
+    let older = plan(&cut, RecoveryTarget::Latest, &segments).unwrap();
+    assert_eq!((older.backup.id, older.chain, older.download_bytes), (first.id, vec![first.clone()], 2));
+    insta::assert_snapshot!(older.passed_over[0].because, @"backup 20270115T080030Z-incremental builds on 20270115T080020Z-incremental, which is not in the repository");
+    assert_eq!(older.passed_over[0].backup, third.id);
+    // Where it wouldn't have been chosen, nothing is to be told.
+    assert_eq!(plan(&cut, RecoveryTarget::Time(at(31)), &segments).unwrap().passed_over, []);
+
+    let named = RestoreRequest { target: RecoveryTarget::Latest, timeline: None, backup: Some(third.id) };
+    let missing = ChainError::Missing { backup: third.id, missing: second.id };
+    assert_eq!(select(&cut, &named), Err(PlanError::Chain(missing)));
+    let alone = Catalog { backups: vec![third], histories: vec![] };
+    assert_eq!(select(&alone, &request(RecoveryTarget::Latest)), Err(PlanError::Chain(missing)));
+}
+
+#[test]
 fn a_restore_point_needs_a_named_backup() {
     let catalog = Catalog { backups: vec![backup(1, 10, 12)], histories: vec![] };
     let target = RecoveryTarget::Name("before-migration".parse().unwrap());
