@@ -141,14 +141,15 @@ fn a_snapshot_under_load_restores(major: u32) {
 
     // The volumes rolled back in place, to a time. Not before they are.
     postgres.stop("fast");
-    let in_place = ["restore", "run", "--from-snapshot", &id, "--to", text(&postgres.data), "--target-time", &between];
+    let data = postgres.data.clone();
+    let in_place = ["restore", "run", "--from-snapshot", &id, "--to", text(&data), "--target-time", &between];
     let said = sidecar.fails(73, &in_place);
     assert!(said.contains("a server has written to it since"), "{said}");
     assert_eq!(
         postgres.data.join("backup_label").exists(),
         postgres.data.join("pgsidecar.finishing-snapshot").exists()
     );
-    for (from, to) in [(&cold, &postgres.data), (&cold_space, &space)] {
+    for (from, to) in [(&cold, &data), (&cold_space, &space)] {
         run(command("rm").arg("-r").arg(to).current_dir(scratch.path()));
         copy(from, to);
     }
@@ -242,6 +243,36 @@ fn a_daemon_that_is_killed_or_stopped_leaves_no_backup_in_progress_pg15() {
 }
 
 #[test]
+fn a_caller_that_goes_away_before_the_checkpoint_is_through_leaves_nothing_open_pg17() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (postgres, sidecar) = archiving_configured(&scratch, 17, &[], &repository, &["checkpoint_timeout = 1h"]);
+    // Spread over most of an hour.
+    postgres.sql("CREATE TABLE big AS SELECT g, repeat('x', 500) FROM generate_series(1, 50000) g");
+    let (mut caller, log) = sidecar.spawn(&["snapshot", "begin"]);
+    wait_until("it waits for the checkpoint", PATIENCE, || backup_sessions(&postgres) == "1");
+    let said = sidecar.fails(75, &["snapshot", "begin", "--fast"]);
+    assert!(said.contains("just being begun"), "{said}");
+    assert!(caller.try_wait().unwrap().is_none(), "{}", fs::read_to_string(log).unwrap());
+    caller.kill().unwrap();
+    caller.wait().unwrap();
+    wait_until("PostgreSQL has forgotten it", PATIENCE, || backup_sessions(&postgres) == "0");
+    let (id, _) = snapshot(&scratch, &postgres, &sidecar, "cold");
+    assert_eq!(complete(&sidecar), [id]);
+}
+
+#[test]
+fn a_tablespace_that_is_created_meanwhile_makes_it_unusable_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (postgres, sidecar) = archiving_configured(&scratch, 15, &["--wal-segsize=1"], &repository, &[]);
+    let id = begin(&sidecar);
+    postgres.sql(&format!("CREATE TABLESPACE space LOCATION '{}'", text(&scratch.dir("space"))));
+    unusable(&sidecar, &id, "was created while it was open");
+    assert_eq!(backup_sessions(&postgres), "0");
+}
+
+#[test]
 fn a_server_that_restarts_ends_the_snapshot_pg17() {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
@@ -260,10 +291,11 @@ fn a_standby_s_snapshot_restores_and_its_promotion_ends_it_pg17() {
     let (primary, _archiving) = archiving_configured(&scratch, 17, &["--wal-segsize=1"], &repository, &[]);
     primary.sql("CREATE TABLE rows AS SELECT 1 AS n");
     let data = scratch.path().join("standby");
-    run(primary.client("pg_basebackup").args(["-c", "fast", "-R", "--no-sync", "-D"]).arg(&data));
+    run(primary.client("pg_basebackup").args(["-c", "fast", "-X", "stream", "--no-sync", "-R", "-D"]).arg(&data));
     let mut standby = Postgres::on(&scratch, data, 17);
     let mut sidecar = Sidecar::another(&scratch, "beside-standby", &standby, &repository);
     sidecar.set("PGSIDECAR_BACKUP_WAL_TIMEOUT", "60s");
+    standby.configure(&sidecar.archive_settings().iter().map(String::as_str).collect::<Vec<_>>());
     standby.start(&[]);
     sidecar.start();
     let id = begin(&sidecar);
