@@ -51,6 +51,14 @@ impl<'a> Client<'a> {
         parse(&self.send(Method::POST, path, Bytes::from(body)).await?.1)
     }
 
+    /// Deletes a resource; answers with what it was.
+    ///
+    /// # Errors
+    /// [`Code::DaemonUnavailable`], or what the daemon says.
+    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        parse(&self.send(Method::DELETE, path, Bytes::new()).await?.1)
+    }
+
     /// Follows a job until it has ended; `watch` sees each state.
     ///
     /// # Errors

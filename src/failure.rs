@@ -190,6 +190,12 @@ impl From<pgsidecar_core::plan::PlanError> for Failure {
     }
 }
 
+impl From<pgsidecar_core::plan::SnapshotPlanError> for Failure {
+    fn from(error: pgsidecar_core::plan::SnapshotPlanError) -> Failure {
+        Failure::new(Code::TargetUnreachable, error.to_string()).hint(error.hint())
+    }
+}
+
 impl From<tokio::task::JoinError> for Failure {
     fn from(error: tokio::task::JoinError) -> Failure {
         Failure::internal(error)

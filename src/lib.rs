@@ -20,5 +20,6 @@ pub mod postgres;
 pub mod repository;
 pub mod restore;
 pub mod settings;
+pub mod snapshot;
 pub mod store;
 pub mod wal;

@@ -185,7 +185,15 @@ impl DataDirectory {
     /// # Errors
     /// If the file can't be read.
     pub fn server(&self) -> io::Result<ServerState> {
-        match fs::read_to_string(self.path.join("postmaster.pid")) {
+        DataDirectory::server_in(&self.path)
+    }
+
+    /// The same of a directory that needs no `PG_VERSION`.
+    ///
+    /// # Errors
+    /// If the file can't be read.
+    pub fn server_in(directory: &Path) -> io::Result<ServerState> {
+        match fs::read_to_string(directory.join("postmaster.pid")) {
             Ok(pid_file) => Ok(ServerState::parse(&pid_file)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(ServerState::Gone),
             Err(error) => Err(error),

@@ -4,6 +4,7 @@
 //! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
 
 mod listing;
+mod snapshots;
 mod stored;
 
 use std::{io::Write, sync::Arc, time::Duration};
@@ -526,10 +527,7 @@ impl Repository {
     /// # Errors
     /// The store's; [`Code::Damaged`].
     pub async fn catalog(&self) -> Result<Catalog, Failure> {
-        let mut histories = Vec::new();
-        for timeline in self.timelines().await? {
-            histories.extend(self.history(timeline).await?);
-        }
+        let histories = self.histories().await?;
         Ok(Catalog { backups: self.backups().await?, histories })
     }
 }

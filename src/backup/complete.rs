@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use pgsidecar_core::{
-    ArchiveFileName, BackupRecord, ObjectKey, SegmentName, TimelineHistory, TimelineId, layout::BackupObject,
-    plan::WalScan,
+    ArchiveFileName, BackupRecord, ObjectKey, SegmentName, TimelineHistory, TimelineId, WalSegmentSize,
+    backup_manifest::WalRange, layout::BackupObject, plan::WalScan,
 };
 
 use crate::{
@@ -16,7 +16,32 @@ use crate::{
 
 const WAL_POLL: Duration = Duration::from_millis(500);
 
-/// Waits until all the WAL of the backup is in the repository, and PostgreSQL knows it: a name that is there while
+/// The WAL that has to be in the repository before something is complete.
+#[derive(Clone, Debug)]
+pub struct WalNeed {
+    /// What needs it, for people: `backup ID`.
+    pub what: String,
+    /// From the segment of the start to that of the byte before the end.
+    pub range: WalRange,
+    /// Size of a segment.
+    pub segment_size: WalSegmentSize,
+    /// Whether the server is in recovery: then it doesn't switch segments by itself.
+    pub from_standby: bool,
+}
+
+impl WalNeed {
+    /// What a base backup needs.
+    pub fn of(record: &BackupRecord) -> WalNeed {
+        WalNeed {
+            what: format!("backup {}", record.id),
+            range: WalRange { timeline: record.timeline, start: record.start_lsn, end: record.stop_lsn },
+            segment_size: record.wal_segment_size,
+            from_standby: record.from_standby,
+        }
+    }
+}
+
+/// Waits until all the WAL that is needed is in the repository, and PostgreSQL knows it: a name that is there while
 /// PostgreSQL still asks to have its own file archived may be another server's.
 ///
 /// # Errors
@@ -24,20 +49,20 @@ const WAL_POLL: Duration = Duration::from_millis(500);
 pub async fn wait_for_wal(
     repository: &Repository,
     pgdata: &DataDirectory,
-    record: &BackupRecord,
+    need: &WalNeed,
     timeout: Duration,
 ) -> Result<(), Failure> {
-    let size = record.wal_segment_size;
-    let last = size.start_of(size.previous_segment_number(record.stop_lsn));
-    let history = history_of(repository, record.timeline).await?;
+    let (size, range) = (need.segment_size, &need.range);
+    let last = size.start_of(size.previous_segment_number(range.end));
+    let history = history_of(repository, range.timeline).await?;
     let began = tokio::time::Instant::now();
     let mut told = false;
     // What has been seen isn't listed again: the scan goes on where it was.
-    let mut scan = WalScan::new(history, size, record.start_lsn);
+    let mut scan = WalScan::new(history, size, range.start);
     loop {
         let looked = repository.scan_wal(scan.clone(), Some(last)).await;
         let missing = match looked {
-            Ok(seen) if seen.reaches(last) => match unacknowledged(pgdata, record) {
+            Ok(seen) if seen.reaches(last) => match unacknowledged(pgdata, need) {
                 None => return Ok(()),
                 Some(segment) => Ok(segment),
             },
@@ -53,28 +78,29 @@ pub async fn wait_for_wal(
             let failure = Failure::new(
                 Code::Timeout,
                 format!(
-                    "WAL segment {missing}, which the backup needs, has not arrived in the repository within {timeout:?}"
+                    "WAL segment {missing}, which {} needs, has not arrived in the repository within {timeout:?}",
+                    need.what
                 ),
             );
-            return Err(if record.from_standby {
+            return Err(if need.from_standby {
                 failure.hint("Nothing makes a standby switch segments: run SELECT pg_switch_wal() on the primary, and look at its archive_command.")
             } else {
                 failure.hint("Look at archive_command, at pg_stat_archiver and at PostgreSQL's log; 'pgsidecar check' tries the way.")
             });
         }
         if !told {
-            tracing::info!(backup = %record.id, "base backup: waiting for its WAL to be archived");
+            tracing::info!("{}: waiting for its WAL to be archived", need.what);
             told = true;
         }
         tokio::time::sleep(WAL_POLL).await;
     }
 }
 
-/// The first segment of the backup that PostgreSQL still wants to have archived.
-fn unacknowledged(pgdata: &DataDirectory, record: &BackupRecord) -> Option<SegmentName> {
-    let size = record.wal_segment_size;
-    let numbers = size.segment_number(record.start_lsn)..=size.previous_segment_number(record.stop_lsn);
-    let mut segments = numbers.map(|number| SegmentName::from_number(record.timeline, number, size));
+/// The first segment of these that PostgreSQL still wants to have archived.
+fn unacknowledged(pgdata: &DataDirectory, need: &WalNeed) -> Option<SegmentName> {
+    let (size, range) = (need.segment_size, &need.range);
+    let numbers = size.segment_number(range.start)..=size.previous_segment_number(range.end);
+    let mut segments = numbers.map(|number| SegmentName::from_number(range.timeline, number, size));
     segments.find(|segment| pgdata.is_ready(&ArchiveFileName::Segment(*segment)))
 }
 

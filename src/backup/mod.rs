@@ -15,7 +15,7 @@
 //! 9. `backup.json`, the commit marker. From here on it's a backup.
 
 mod claim;
-mod complete;
+pub mod complete;
 mod damage;
 pub mod incremental;
 pub mod index;
@@ -45,7 +45,7 @@ use tokio::runtime::Handle;
 
 use self::{
     claim::{claim, remove, remove_remains},
-    complete::{check_parts, wait_for_wal},
+    complete::{WalNeed, check_parts, wait_for_wal},
     kind::Basis,
     listing::Listing,
     pack::{Effort, LastFile, Packer, PageRule, Source},
@@ -99,9 +99,7 @@ pub async fn create(
     request: &BackupRequest,
     progress: Arc<Progress>,
 ) -> Result<BackupRecord, Failure> {
-    if request.label.len() > MAX_LABEL_BYTES || request.label.chars().any(char::is_control) {
-        return Err(Failure::new(Code::InvalidRequest, "the label is longer than 1,000 bytes or has a line break"));
-    }
+    check_label(&request.label)?;
     let removed = remove_remains(repository, &settings.instance).await;
     let session = Session::connect(&settings.connection).await?;
     let control = pgdata.control()?;
@@ -147,6 +145,14 @@ pub async fn create(
             Err(failure.context(format!("base backup {id}")))
         }
     }
+}
+
+/// Checks what goes into `backup_label`: a line break in it would make another line of that.
+pub(crate) fn check_label(label: &str) -> Result<(), Failure> {
+    if label.len() > MAX_LABEL_BYTES || label.chars().any(char::is_control) {
+        return Err(Failure::new(Code::InvalidRequest, "the label is longer than 1,000 bytes or has a line break"));
+    }
+    Ok(())
 }
 
 /// What kind of backup it would be now, and why.
@@ -277,7 +283,8 @@ impl Taking<'_> {
             writer: concat!("pgsidecar ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         progress.enter(Phase::Wal);
-        progress.unless_cancelled(wait_for_wal(repository, pgdata, &record, settings.backup_wal_timeout)).await?;
+        let need = WalNeed::of(&record);
+        progress.unless_cancelled(wait_for_wal(repository, pgdata, &need, settings.backup_wal_timeout)).await?;
         check_parts(repository, &record).await?;
         // From here on nothing may be removed: that the record was stored can't be ruled out any more.
         progress.committing.store(true, Relaxed);
@@ -317,7 +324,11 @@ fn check_block_size(control: &ControlFile) -> Result<(), Failure> {
 }
 
 /// The server that answers and the directory on the shared volume must be one database.
-fn check_same_server(session: &Session, control: &ControlFile, pgdata: &DataDirectory) -> Result<(), Failure> {
+pub(crate) fn check_same_server(
+    session: &Session,
+    control: &ControlFile,
+    pgdata: &DataDirectory,
+) -> Result<(), Failure> {
     let server = session.server();
     if server.system_identifier != control.system_identifier {
         return Err(Failure::new(

@@ -6,6 +6,7 @@ pub mod check;
 pub mod output;
 pub mod progress;
 pub mod restore;
+pub mod snapshot;
 pub mod status;
 pub mod wal;
 
@@ -62,6 +63,9 @@ enum Command {
     /// Base backups
     #[command(subcommand)]
     Backup(backup::BackupCommand),
+    /// Snapshots by the storage (CSI, Ceph, cloud volumes)
+    #[command(subcommand)]
+    Snapshot(snapshot::SnapshotCommand),
     /// Restore to a new directory, to any point in time
     #[command(subcommand)]
     Restore(restore::RestoreCommand),
@@ -124,6 +128,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Check(args) => check::run(settings, &args).await,
         Command::Status(args) => status::run(settings, args).await.map(done),
         Command::Backup(command) => backup::run(settings, command).await,
+        Command::Snapshot(command) => snapshot::run(settings, command).await.map(done),
         Command::Restore(command) => restore::run(settings, command).await.map(done),
         Command::Wal(command) => wal::run(settings, command).await,
     }

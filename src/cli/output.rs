@@ -71,15 +71,3 @@ pub fn size(bytes: u64) -> String {
 pub fn watched() -> bool {
     std::io::stderr().is_terminal()
 }
-
-/// Replaces the progress line on stderr.
-pub fn progress(text: &str) {
-    let mut stderr = std::io::stderr().lock();
-    let _ = write!(stderr, "\r\x1b[2K{text}");
-    let _ = stderr.flush();
-}
-
-/// Ends the progress line.
-pub fn end_progress() {
-    let _ = write!(std::io::stderr().lock(), "\r\x1b[2K");
-}

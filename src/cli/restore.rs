@@ -1,18 +1,23 @@
 //! `pgsidecar restore plan|run`
 
 use std::{
-    collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, sync::atomic::Ordering::Relaxed, time::Duration,
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
 };
 
 use clap::{Args, Subcommand};
 use pgsidecar_core::{
-    BackupId, BackupRecord, Lsn, TimelineId,
-    plan::{RestorePlan, RestoreRequest},
+    BackupId, BackupRecord, Lsn, SegmentName, SnapshotId, TimelineId,
+    plan::{RestorePlan, RestoreRequest, SnapshotPlan},
     recovery::{RecoveryTarget, RestorePointName, TargetAction, parse_target_time},
 };
 
-use super::{OutputArgs, SystemArgs, open_repository, output};
+use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
 use crate::{
+    estimate::Estimate,
     failure::{Code, Failure},
     repository::Repository,
     restore::{self, RestoreOptions, unpack::Progress},
@@ -38,7 +43,7 @@ pub struct TargetArgs {
     /// End at this LSN
     #[arg(long, value_name = "LSN", group = "target")]
     target_lsn: Option<Lsn>,
-    /// End at this restore point (pg_create_restore_point); needs --backup
+    /// End at this restore point (pg_create_restore_point); needs --backup or --from-snapshot
     #[arg(long, value_name = "NAME", group = "target")]
     target_name: Option<RestorePointName>,
     /// End at the commit of this transaction
@@ -53,6 +58,9 @@ pub struct TargetArgs {
     /// Begin with this backup [default: the newest before the target]
     #[arg(long, value_name = "ID")]
     backup: Option<BackupId>,
+    /// Begin with this storage snapshot, from which the directory --to was rolled back or cloned
+    #[arg(long, value_name = "ID", conflicts_with = "backup")]
+    from_snapshot: Option<SnapshotId>,
 }
 
 /// `restore plan`
@@ -70,7 +78,8 @@ pub struct PlanArgs {
 /// `restore run`
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// Where to restore to: the absolute path of a directory that is empty or doesn't exist
+    /// Where to restore to: the absolute path of a directory that is empty or doesn't exist; with --from-snapshot, of the
+    /// data directory in the snapshot's copy
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
     /// Put the tablespace of OLD into NEW; can be given several times
@@ -125,6 +134,14 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
         RestoreCommand::Plan(args) => {
             let request = args.target.request()?;
             let repository = open_repository(work, &args.system).await?;
+            if let Some(id) = args.target.from_snapshot {
+                let plan = restore::snapshot::plan(&repository, id, request.target, request.timeline).await?;
+                return if args.output.json {
+                    output::print_json(&plan)
+                } else {
+                    print_snapshot_plan(&plan, &repository)
+                };
+            }
             let plan = restore::plan(&repository, request).await?;
             if args.output.json { output::print_json(&plan) } else { print_plan(&plan, &repository) }
         }
@@ -132,10 +149,11 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             let request = args.target.request()?;
             let tablespaces = parse_mapping(&args.tablespace_mapping)?;
             let repository = open_repository(work, &args.system).await?;
-            let plan = restore::plan(&repository, request).await?;
             let restore_command = match &args.restore_command {
                 Some(command) => command.clone(),
-                None => default_restore_command(&work.helper, settings.process.wal_listen, &repository, &plan)?,
+                None => {
+                    default_restore_command(&work.helper, settings.process.wal_listen, &repository, &request.target)?
+                }
             };
             let options = RestoreOptions {
                 to: args.to.clone(),
@@ -145,6 +163,18 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
                 restore_command,
                 parallelism: work.parallelism,
             };
+            if let Some(id) = args.target.from_snapshot {
+                let plan = restore::snapshot::plan(&repository, id, request.target, request.timeline).await?;
+                if !args.output.json {
+                    print_snapshot_plan(&plan, &repository)?;
+                }
+                restore::snapshot::run(&plan, &options, work.pgdata.as_deref()).await?;
+                if args.output.json {
+                    return output::print_json(&plan);
+                }
+                return print_restored(&options, &plan.target, plan.timeline);
+            }
+            let plan = restore::plan(&repository, request).await?;
             let progress = Arc::new(Progress::default());
             if !args.output.json {
                 print_plan(&plan, &repository)?;
@@ -156,28 +186,26 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             );
             let restored = restore::run(&repository, &plan, &options, progress).await;
             shown.abort();
-            if output::watched() {
-                output::end_progress();
-            }
+            let _ = shown.await;
             restored?;
             if args.output.json {
                 return output::print_json(&plan);
             }
-            output::print_line(&format!(
-                "Restored to {}. PostgreSQL recovers to {} when it starts there, on timeline {}, and then will {}.",
-                options.to.display(),
-                plan.target,
-                plan.timeline,
-                options.action
-            ))?;
-            output::print_line(
-                "Before a standby is made of it, take the recovery settings out of its postgresql.auto.conf: they'd apply to the standby too.",
-            )?;
-            output::print_line(
-                "If it starts beside the server that it's a copy of, give it another port and archive_mode=off.",
-            )
+            print_restored(&options, &plan.target, plan.timeline)
         }
     }
+}
+
+fn print_restored(options: &RestoreOptions, target: &RecoveryTarget, timeline: TimelineId) -> Result<(), Failure> {
+    output::print_line(&format!(
+        "Restored to {}. PostgreSQL recovers to {target} when it starts there, on timeline {timeline}, and then will {}.",
+        options.to.display(),
+        options.action
+    ))?;
+    output::print_line(
+        "Before a standby is made of it, take the recovery settings out of its postgresql.auto.conf: they'd apply to the standby too.",
+    )?;
+    output::print_line("If it starts beside the server that it's a copy of, give it another port and archive_mode=off.")
 }
 
 fn parse_mapping(texts: &[String]) -> Result<BTreeMap<String, String>, Failure> {
@@ -195,7 +223,7 @@ fn default_restore_command(
     helper: &std::path::Path,
     address: SocketAddr,
     repository: &Repository,
-    plan: &RestorePlan,
+    target: &RecoveryTarget,
 ) -> Result<String, Failure> {
     let helper = helper.display().to_string();
     // PostgreSQL hands it to a shell, after replacing %; quoting everything that is special there isn't worth it.
@@ -207,7 +235,7 @@ fn default_restore_command(
         .hint("Choose another place for it, or give the whole command with --restore-command."));
     }
     // Everything that there is: also the end of the WAL that a stopped server had, and that is in no whole segment.
-    let tail = if plan.target == RecoveryTarget::Latest { " --tail" } else { "" };
+    let tail = if *target == RecoveryTarget::Latest { " --tail" } else { "" };
     Ok(format!(
         "\"{helper}\" --address {address} restore{tail} --system-identifier {} %f \"%p\"",
         repository.layout().system()
@@ -216,10 +244,10 @@ fn default_restore_command(
 
 fn show_progress(progress: Arc<Progress>, total: u64, json: bool) -> tokio::task::JoinHandle<()> {
     tokio::spawn(async move {
-        while output::watched() && !json {
+        let (mut shown, began) = (Shown::new(json), Instant::now());
+        loop {
             let bytes = progress.bytes.load(Relaxed);
-            let percent = (bytes * 100).checked_div(total).unwrap_or(0);
-            output::progress(&format!("{} of {} ({percent} %)", output::size(bytes), output::size(total)));
+            shown.bytes(bytes, total, Estimate::new(bytes, total, began.elapsed()), "");
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     })
@@ -261,11 +289,27 @@ fn print_plan(plan: &RestorePlan, repository: &Repository) -> Result<(), Failure
             passed.backup, passed.because
         ))?;
     }
-    match plan.gap {
+    print_gap(plan.gap, plan.reachable)
+}
+
+fn print_snapshot_plan(plan: &SnapshotPlan, repository: &Repository) -> Result<(), Failure> {
+    let SnapshotPlan { snapshot, wal_from, wal_through, reachable, .. } = plan;
+    let complete = snapshot.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ");
+    let lines = [
+        ("From", repository.store().description()),
+        ("Snapshot", format!("{}, complete at {complete} ({})", snapshot.id, snapshot.stop_lsn)),
+        ("Target", format!("{}, on timeline {}", plan.target, plan.timeline)),
+        ("WAL", format!("from {wal_from}; without a gap through {wal_through} ({reachable})")),
+    ];
+    lines.iter().try_for_each(|(name, value)| output::print_line(&format!("{name:<8} {value}")))?;
+    print_gap(plan.gap, plan.reachable)
+}
+
+fn print_gap(gap: Option<SegmentName>, reachable: Lsn) -> Result<(), Failure> {
+    match gap {
         None => Ok(()),
         Some(missing) => output::print_line(&format!(
-            "WARNING {missing} is missing although later WAL is there: what was committed after {} can't be restored",
-            plan.reachable
+            "WARNING {missing} is missing although later WAL is there: what was committed after {reachable} can't be restored"
         )),
     }
 }

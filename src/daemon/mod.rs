@@ -5,7 +5,7 @@
 //! only an address that it can't listen at, or a helper that it can't publish, ends it.
 //!
 //! Stopping: in a pod, PostgreSQL and its sidecar are usually told to stop at the same time, and the last WAL comes when
-//! PostgreSQL has ended. So the first SIGTERM or SIGINT ends only base backups; archiving goes on until PostgreSQL is gone
+//! PostgreSQL has ended. So the first SIGTERM or SIGINT ends only base backups and snapshots; archiving goes on until PostgreSQL is gone
 //! and its last WAL is shipped (see [`shutdown`]), or, where only the sidecar is stopped, for a short while. Then
 //! connections are accepted no more, and the requests under way end. All of it takes at most the drain timeout. A second
 //! signal exits at once.
@@ -26,7 +26,7 @@ use std::{
 
 use hyper::{Request, body::Incoming};
 use pgsidecar_core::{
-    ArchiveFileName, ControlFile, Layout, SystemIdentifier,
+    ArchiveFileName, ControlFile, Layout, SnapshotId, SnapshotRecord, SystemIdentifier,
     chain::{BackupType, Choice},
     settings::RepositoryUrl,
 };
@@ -46,6 +46,7 @@ use crate::{
     pgdata::DataDirectory,
     repository::{Repository, Stored},
     settings::{ProcessSettings, Settings, WorkSettings},
+    snapshot::{OpenSnapshot, SnapshotList, SnapshotRequest, Snapshots},
     store::{ConditionalCreation, LocalStore, S3Config, S3Store, Store},
     wal::{
         Origin, Origins,
@@ -85,6 +86,7 @@ pub async fn open_store(settings: &WorkSettings) -> Arc<dyn Store> {
 pub struct App {
     work: Result<Work, Failure>,
     jobs: Jobs,
+    snapshots: Arc<Snapshots>,
     archiver: Arc<Archiver>,
     /// What went wrong at the start and doesn't keep the rest from working.
     start_problem: Option<Failure>,
@@ -125,7 +127,14 @@ impl App {
                 })
             }
         };
-        App { work, jobs: Jobs::default(), archiver: Arc::default(), start_problem, stopping: AtomicBool::new(false) }
+        App {
+            work,
+            jobs: Jobs::default(),
+            snapshots: Arc::default(),
+            archiver: Arc::default(),
+            start_problem,
+            stopping: AtomicBool::new(false),
+        }
     }
 
     fn work(&self) -> Result<&Work, Failure> {
@@ -210,6 +219,51 @@ impl App {
             }
             Ok(record)
         })
+    }
+
+    /// Begins a snapshot by the storage; `timeout` is the setting's where none is given.
+    ///
+    /// # Errors
+    /// Wrong settings, no data directory, one that is open, or PostgreSQL's.
+    pub async fn begin_snapshot(
+        &self,
+        label: Option<String>,
+        fast: bool,
+        timeout: Option<Duration>,
+    ) -> Result<OpenSnapshot, Failure> {
+        let work = self.work()?;
+        if self.is_stopping() {
+            return Err(Failure::new(Code::Stopping, "pgsidecar is stopping"));
+        }
+        let (pgdata, control) = work.data_directory()?;
+        let repository = work.repository(control.system_identifier);
+        let label = label.unwrap_or_else(|| "pgsidecar snapshot".to_owned());
+        let request = SnapshotRequest { label, fast, timeout: timeout.unwrap_or(work.settings.snapshot_timeout) };
+        self.snapshots.begin(repository, pgdata, &work.settings, request).await
+    }
+
+    /// Ends a snapshot, and answers with its record.
+    ///
+    /// # Errors
+    /// Why it must not be used.
+    pub async fn end_snapshot(&self, id: SnapshotId) -> Result<SnapshotRecord, Failure> {
+        self.snapshots.end(id, &self.repository()?).await
+    }
+
+    /// Gives up the snapshot that is open.
+    ///
+    /// # Errors
+    /// If it isn't.
+    pub fn abort_snapshot(&self, id: SnapshotId) -> Result<OpenSnapshot, Failure> {
+        self.snapshots.abort(id)
+    }
+
+    /// The snapshot that is open, and those that are complete.
+    ///
+    /// # Errors
+    /// The store's; wrong settings, or no data directory.
+    pub async fn snapshots(&self) -> Result<SnapshotList, Failure> {
+        Ok(SnapshotList { open: self.snapshots.open(), complete: self.repository()?.snapshots().await? })
     }
 
     /// What kind of backup it would be now.
@@ -352,7 +406,8 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
     let sources = app.sources();
     let drained = tokio::time::timeout(*drain_timeout, async {
         // PostgreSQL asks on while it stops: the listeners and the look-ahead stay until it has.
-        tokio::join!(app.jobs.cancel(), shutdown::finish(&app.archiver, &*app, &sources, *server_stop_wait));
+        let finished = shutdown::finish(&app.archiver, &*app, &sources, *server_stop_wait);
+        tokio::join!(app.jobs.cancel(), app.snapshots.stop(), finished);
         stop_sender.send_replace(true);
         while servers.join_next().await.is_some() {}
     });

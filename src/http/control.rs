@@ -7,6 +7,10 @@
 //! GET  /v1/backups/{id}          one of them
 //! GET  /v1/jobs/{id}             a job
 //! GET  /v1/jobs/{id}/events      the job twice a second until it has ended, a JSON object a line
+//! POST /v1/snapshots             {"label": …, "fast": …, "timeout_seconds": …}: begins a storage snapshot
+//! POST /v1/snapshots/{id}/end    ends it; the record, once it's complete
+//! DELETE /v1/snapshots/{id}      gives it up
+//! GET  /v1/snapshots             the one that is open, and those in the repository
 //! GET  /v1/status
 //! ```
 
@@ -45,6 +49,18 @@ pub struct CreateBackup {
     pub max_rate: Option<u64>,
 }
 
+/// The body of `POST /v1/snapshots`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BeginSnapshot {
+    /// For `backup_label`.
+    pub label: Option<String>,
+    /// Whether to take the checkpoint at once instead of spreading it.
+    pub fast: bool,
+    /// How long it may stay open; the setting's where it's left out.
+    pub timeout_seconds: Option<u64>,
+}
+
 /// Answers one request.
 ///
 /// # Errors
@@ -72,6 +88,20 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
                 Err(_) => None,
             };
             Ok(json(StatusCode::OK, &backup.ok_or_else(|| not_found(&format!("backup {id}")))?))
+        }
+        (&Method::POST, ["v1", "snapshots"]) => {
+            let BeginSnapshot { label, fast, timeout_seconds } = read(request).await?;
+            let begun = app.begin_snapshot(label, fast, timeout_seconds.map(Duration::from_secs)).await?;
+            Ok(json(StatusCode::CREATED, &begun))
+        }
+        (&Method::GET, ["v1", "snapshots"]) => Ok(json(StatusCode::OK, &app.snapshots().await?)),
+        (&Method::POST, ["v1", "snapshots", id, "end"]) => {
+            let id = id.parse().map_err(|_| not_found(&format!("snapshot {id}")))?;
+            Ok(json(StatusCode::OK, &app.end_snapshot(id).await?))
+        }
+        (&Method::DELETE, ["v1", "snapshots", id]) => {
+            let id = id.parse().map_err(|_| not_found(&format!("snapshot {id}")))?;
+            Ok(json(StatusCode::OK, &app.abort_snapshot(id)?))
         }
         (&Method::GET, ["v1", "jobs", id, rest @ ..]) => {
             let job = id

@@ -91,6 +91,19 @@ impl TargetDirectory {
         Ok(directory)
     }
 
+    /// A directory that holds a database and keeps it. Nothing is claimed: [`TargetDirectory::release`] and
+    /// [`TargetDirectory::clear`] aren't for it.
+    ///
+    /// # Errors
+    /// If it can't be looked at.
+    pub fn existing(path: &Path, tablespaces: impl IntoIterator<Item = PathBuf>) -> Result<TargetDirectory, Failure> {
+        let meta = fs::metadata(path).map_err(|error| Failure::io(format!("reading {}", path.display()), &error))?;
+        let root = rustix::process::geteuid().is_root();
+        let owner = if root { Owner::Of { uid: meta.uid(), gid: meta.gid() } } else { Owner::Ourselves };
+        let tablespaces = tablespaces.into_iter().map(|path| (path, false)).collect();
+        Ok(TargetDirectory { path: path.to_owned(), created: false, owner, tablespaces, locks: Vec::new() })
+    }
+
     /// Creates a directory, marks it as ours, and removes what an interrupted restore left in it. Between the look at it
     /// and this, another restore may have claimed it, or even have ended in it: then it's left alone.
     fn claim(&mut self, path: &Path, is_data: bool, backup: BackupId) -> Result<(), Failure> {
@@ -187,6 +200,7 @@ impl TargetDirectory {
         let path = self.path.join(name);
         let temporary = self.path.join(format!("{name}.pgsidecar-tmp"));
         let write = || {
+            unless_absent(fs::remove_file(&temporary))?;
             self.create_file(&temporary, content)?.sync_all()?;
             fs::rename(&temporary, &path)?;
             File::open(path.parent().unwrap_or(&self.path))?.sync_all()

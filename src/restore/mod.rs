@@ -24,6 +24,8 @@ pub mod directory;
 mod layer;
 mod manifest;
 mod prune;
+mod running;
+pub mod snapshot;
 pub mod unpack;
 
 use std::{
@@ -35,7 +37,7 @@ use std::{
 };
 
 use pgsidecar_core::{
-    BackupRecord,
+    backup::TablespaceRecord,
     backup_label::TablespaceMap,
     plan::{RestorePlan, RestoreRequest, WalScan, select},
     recovery::{RecoverySettings, RecoveryTarget, TargetAction, rewrite_auto_conf},
@@ -101,7 +103,7 @@ pub async fn run(
     progress: Arc<Progress>,
 ) -> Result<(), Failure> {
     let backup = &plan.backup;
-    let tablespaces = tablespace_targets(backup, &options.tablespaces)?;
+    let tablespaces = tablespace_targets(&format!("backup {}", backup.id), &backup.tablespaces, &options.tablespaces)?;
     let directory = TargetDirectory::prepare(&options.to, &tablespaces, backup)?;
     let done = fill(repository, plan, options, &directory, &tablespaces, progress).await;
     match done {
@@ -118,20 +120,19 @@ pub async fn run(
     }
 }
 
-/// Where each tablespace goes, by its OID.
+/// Where each tablespace goes, by its OID. `named` is what they belong to, for people.
 fn tablespace_targets(
-    backup: &BackupRecord,
+    named: &str,
+    tablespaces: &[TablespaceRecord],
     mapping: &BTreeMap<String, String>,
 ) -> Result<BTreeMap<u32, PathBuf>, Failure> {
     for (old, new) in mapping {
-        let known = backup.tablespaces.iter().any(|tablespace| tablespace.location == *old);
+        let known = tablespaces.iter().any(|tablespace| tablespace.location == *old);
         if !known {
-            let there: Vec<&str> = backup.tablespaces.iter().map(|tablespace| tablespace.location.as_str()).collect();
-            return Err(Failure::new(Code::InvalidRequest, format!("backup {} has no tablespace at {old}", backup.id))
-                .hint(format!(
-                    "Its tablespaces: {}.",
-                    if there.is_empty() { "none".to_owned() } else { there.join(", ") }
-                )));
+            let there: Vec<&str> = tablespaces.iter().map(|tablespace| tablespace.location.as_str()).collect();
+            return Err(Failure::new(Code::InvalidRequest, format!("{named} has no tablespace at {old}")).hint(
+                format!("Its tablespaces: {}.", if there.is_empty() { "none".to_owned() } else { there.join(", ") }),
+            ));
         }
         if !Path::new(new).is_absolute() {
             return Err(Failure::new(
@@ -140,8 +141,7 @@ fn tablespace_targets(
             ));
         }
     }
-    Ok(backup
-        .tablespaces
+    Ok(tablespaces
         .iter()
         .map(|tablespace| {
             (tablespace.oid, PathBuf::from(mapping.get(&tablespace.location).unwrap_or(&tablespace.location)))
@@ -201,7 +201,35 @@ fn make_startable(
     };
     let (version, control, label) = (take("PG_VERSION")?, take("global/pg_control")?, take("backup_label")?);
     let map = take("tablespace_map").ok();
+    let files = RecoveryFiles { label: &label.content, map: map.as_ref().map(|map| map.content.as_slice()) };
+    // Remapped already.
+    write_recovery_files(directory, &files, &BTreeMap::new(), major, settings)?;
+    for (oid, target) in tablespaces {
+        let link = root.join("pg_tblspc").join(oid.to_string());
+        symlink(target, &link).map_err(|error| Failure::io(format!("linking {}", link.display()), &error))?;
+    }
+    directory.sync_file_systems()?;
+    directory.write_durably("global/pg_control", &control.content)?;
+    directory.write_durably("PG_VERSION", &version.content)?;
+    directory.release()
+}
 
+/// What `pg_backup_stop` returned for a backup or a snapshot.
+struct RecoveryFiles<'a> {
+    label: &'a [u8],
+    map: Option<&'a [u8]>,
+}
+
+/// Tells PostgreSQL how to recover: settings, `recovery.signal`, `tablespace_map`, `backup_label`. Each file appears whole,
+/// so that it can be done again after a crash.
+fn write_recovery_files(
+    directory: &TargetDirectory,
+    files: &RecoveryFiles<'_>,
+    mapping: &BTreeMap<String, String>,
+    major: u32,
+    settings: &RecoverySettings,
+) -> Result<(), Failure> {
+    let root = directory.path();
     // What a standby's backup or an earlier restore brought along would outrank what is wanted now.
     for signal in ["standby.signal", "recovery.signal"] {
         remove_if_there(&root.join(signal))?;
@@ -212,21 +240,15 @@ fn make_startable(
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(Failure::io(format!("reading {}", auto_conf.display()), &error)),
     };
-    remove_if_there(&auto_conf)?;
-    directory.write("postgresql.auto.conf", &rewrite_auto_conf(&brought, major, settings))?;
-    directory.write("recovery.signal", b"")?;
-    directory.write("backup_label", &label.content)?;
-    if let Some(map) = map {
-        directory.write("tablespace_map", &map.content)?;
+    directory.write_durably("postgresql.auto.conf", &rewrite_auto_conf(&brought, major, settings))?;
+    directory.write_durably("recovery.signal", b"")?;
+    if let Some(map) = files.map {
+        // PostgreSQL makes its links by this file when it starts: with the old locations it would point back to them.
+        let parsed: TablespaceMap =
+            String::from_utf8_lossy(map).parse().map_err(|error| damaged("tablespace_map", &format!("{error}")))?;
+        directory.write_durably("tablespace_map", parsed.remap(mapping).to_string().as_bytes())?;
     }
-    for (oid, target) in tablespaces {
-        let link = root.join("pg_tblspc").join(oid.to_string());
-        symlink(target, &link).map_err(|error| Failure::io(format!("linking {}", link.display()), &error))?;
-    }
-    directory.sync_file_systems()?;
-    directory.write_durably("global/pg_control", &control.content)?;
-    directory.write_durably("PG_VERSION", &version.content)?;
-    directory.release()
+    directory.write_durably("backup_label", files.label)
 }
 
 fn remove_if_there(path: &Path) -> Result<(), Failure> {

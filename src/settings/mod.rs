@@ -82,6 +82,8 @@ pub struct WorkSettings {
     pub max_rate: Option<u64>,
     /// How many backups a restore may need at most: an incremental backup that would make the chain longer is a full one.
     pub longest_chain: usize,
+    /// How long a snapshot stays open at most, unless its `begin` says otherwise.
+    pub snapshot_timeout: Duration,
     /// How long a backup waits for its last WAL.
     pub backup_wal_timeout: Duration,
     /// Where WAL lies on its way to PostgreSQL, if not in pg_wal.
@@ -192,6 +194,27 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
         Ok(_) => Err(format!("{text:?} is less than 32kB a second")),
         Err(problem) => Err(problem.to_string()),
     }
+}
+
+/// The longest time that a snapshot may stay open. PostgreSQL keeps no WAL for it, but its caller is to notice.
+const LONGEST_SNAPSHOT: Duration = Duration::from_secs(3600);
+
+/// A snapshot's time limit, as `--timeout` takes it.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_snapshot_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = parse_duration(text).map_err(|problem| problem.to_string())?;
+    check_snapshot_timeout(timeout).map(|()| timeout)
+}
+
+/// Checks a snapshot's time limit.
+///
+/// # Errors
+/// If it isn't between a second and an hour.
+pub fn check_snapshot_timeout(timeout: Duration) -> Result<(), String> {
+    let fits = (Duration::from_secs(1)..=LONGEST_SNAPSHOT).contains(&timeout);
+    fits.then_some(()).ok_or_else(|| format!("{timeout:?} is not between 1s and 1h"))
 }
 
 fn number_between<T>(low: T, high: T) -> impl FnOnce(&str) -> Result<T, String>
@@ -393,6 +416,12 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             raw.backup_wal_timeout.as_ref(),
             Duration::from_secs(300),
             parse_duration,
+        ),
+        snapshot_timeout: resolver.value(
+            "PGSIDECAR_SNAPSHOT_TIMEOUT",
+            raw.snapshot_timeout.as_ref(),
+            Duration::from_secs(600),
+            parse_snapshot_timeout,
         ),
         spool: resolver.value("PGSIDECAR_SPOOL", raw.spool.as_ref(), None, |text| absolute(text).map(Some)),
         helper: resolver.value("PGSIDECAR_HELPER", raw.helper.as_ref(), default_helper(), absolute),

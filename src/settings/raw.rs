@@ -155,6 +155,16 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub backup_wal_timeout: Option<String>,
+    /// How long a storage snapshot may take from begin to end, 1s to 1h [default: 10min]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_SNAPSHOT_TIMEOUT",
+        value_name = "TIME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub snapshot_timeout: Option<String>,
     /// Directory for WAL on its way to PostgreSQL, on a disk volume [default: pg_wal itself]
     #[arg(
         long,

@@ -77,18 +77,7 @@ impl BackupId {
 
 impl fmt::Display for BackupId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let t = TimeZone::UTC.to_datetime(self.began);
-        let id = format!(
-            "{:04}{:02}{:02}T{:02}{:02}{:02}Z-{}",
-            t.year(),
-            t.month(),
-            t.day(),
-            t.hour(),
-            t.minute(),
-            t.second(),
-            self.kind
-        );
-        f.pad(&id)
+        f.pad(&format!("{}-{}", format_id_time(self.began), self.kind))
     }
 }
 
@@ -108,6 +97,17 @@ impl FromStr for BackupId {
 
 fn parse_backup_id(text: &str) -> Option<BackupId> {
     let (time, kind) = text.split_once('-')?;
+    Some(BackupId { began: parse_id_time(time)?, kind: kind.parse().ok()? })
+}
+
+/// The time in an id: `20261121T061500Z`.
+pub(crate) fn format_id_time(began: Timestamp) -> String {
+    let t = TimeZone::UTC.to_datetime(began);
+    format!("{:04}{:02}{:02}T{:02}{:02}{:02}Z", t.year(), t.month(), t.day(), t.hour(), t.minute(), t.second())
+}
+
+/// The inverse of [`format_id_time`].
+pub(crate) fn parse_id_time(time: &str) -> Option<Timestamp> {
     let digits = |from: usize, to: usize| -> Option<i16> {
         let part = time.get(from..to)?;
         part.bytes().all(|b| b.is_ascii_digit()).then(|| part.parse().ok()).flatten()
@@ -117,9 +117,9 @@ fn parse_backup_id(text: &str) -> Option<BackupId> {
         return None;
     }
     let began = civil::DateTime::new(digits(0, 4)?, two(4)?, two(6)?, two(9)?, two(11)?, two(13)?, 0).ok()?;
-    let id = BackupId { began: TimeZone::UTC.to_timestamp(began).ok()?, kind: kind.parse().ok()? };
-    // One text for one id: what isn't written exactly as we write it is not ours.
-    (id.to_string() == text).then_some(id)
+    let began = TimeZone::UTC.to_timestamp(began).ok()?;
+    // One text for one time: what isn't written exactly as we write it is not ours.
+    (format_id_time(began) == time).then_some(began)
 }
 
 impl Serialize for BackupId {

@@ -8,6 +8,8 @@
 //! (256), which moved nothing but the checksum. Tried with the files of servers 15 and 17. For 14 and 16, which
 //! share version 1300 with 15, and for 18, the header file is the only witness.
 
+use jiff::Timestamp;
+
 use crate::{Lsn, SystemIdentifier, TimelineId, WalSegmentSize, le};
 
 /// `DBState`: what the server was doing when it last wrote the file.
@@ -55,6 +57,8 @@ pub struct ControlFile {
     pub catalog_version: u32,
     /// What the server was doing when it last wrote the file.
     pub state: ClusterState,
+    /// When the server wrote the file last, by its clock, to the second (`time`).
+    pub written_at: Timestamp,
     /// The last checkpoint's record.
     pub checkpoint: Lsn,
     /// Where recovery from the last checkpoint starts (`checkPointCopy.redo`).
@@ -178,6 +182,7 @@ impl ControlFile {
             catalog_version: u32_at(12)?,
             state: ClusterState::from_number(state)
                 .ok_or(ControlFileError::Nonsense { field: "state", found: state })?,
+            written_at: Timestamp::from_second(u64_at(24)?.cast_signed()).unwrap_or(Timestamp::MIN),
             checkpoint: lsn_at(32)?,
             checkpoint_redo: lsn_at(40)?,
             timeline: timeline_at("checkPointCopy.ThisTimeLineID", 48)?,
@@ -229,6 +234,7 @@ mod tests {
             control_version: 1300,
             catalog_version: 202209061,
             state: ClusterState::InArchiveRecovery,
+            written_at: Timestamp::from_second(1_795_247_391).unwrap(),
             checkpoint: lsn("0/900060"),
             checkpoint_redo: lsn("0/900028"),
             timeline: TimelineId::FIRST,
@@ -252,6 +258,7 @@ mod tests {
             control_version: 1700,
             catalog_version: 202406281,
             state: ClusterState::ShutDown,
+            written_at: Timestamp::from_second(1_795_247_367).unwrap(),
             checkpoint: lsn("0/2000028"),
             checkpoint_redo: lsn("0/2000028"),
             timeline: TimelineId::FIRST,

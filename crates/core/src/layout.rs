@@ -13,10 +13,12 @@
 //!   backups/<id>/part-00001.tar.zst
 //!   backups/<id>/index.jsonl.zst, backup_manifest.zst
 //!   backups/<id>/backup.json            the commit marker, written last
+//!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
 //! ```
 
 use crate::{
-    ArchiveFileName, BackupId, ClusterName, ObjectKey, SegmentName, Sha256Digest, SystemIdentifier, TimelineId,
+    ArchiveFileName, BackupId, ClusterName, ObjectKey, SegmentName, Sha256Digest, SnapshotId, SystemIdentifier,
+    TimelineId,
 };
 
 /// How many hexadecimal digits of the content's hash the keys of a `.partial` and of a tail carry.
@@ -44,6 +46,8 @@ pub enum RepositoryObject {
     Tail(SegmentName, String),
     /// An object of a base backup.
     Backup(BackupId, BackupObject),
+    /// `snapshot.json` of a snapshot.
+    Snapshot(SnapshotId),
 }
 
 /// The objects of a base backup.
@@ -118,6 +122,7 @@ impl Layout {
                 format!("tail/{}/{segment}.{hash}.zst", segment.timeline().to_hex())
             }
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
+            RepositoryObject::Snapshot(id) => format!("snapshots/{id}/snapshot.json"),
         };
         key(self.prefix() + &path)
     }
@@ -195,6 +200,16 @@ impl Layout {
         prefix.strip_prefix(&self.backups_prefix())?.strip_suffix('/')?.parse().ok()
     }
 
+    /// What the keys of all snapshots begin with.
+    pub fn snapshots_prefix(&self) -> String {
+        format!("{}snapshots/", self.prefix())
+    }
+
+    /// The snapshot whose keys begin with this prefix of a shallow listing of [`Layout::snapshots_prefix`].
+    pub fn snapshot_of_prefix(&self, prefix: &str) -> Option<SnapshotId> {
+        prefix.strip_prefix(&self.snapshots_prefix())?.strip_suffix('/')?.parse().ok()
+    }
+
     /// What this key names; `None` for whatever isn't ours.
     pub fn parse(&self, key: &ObjectKey) -> Option<RepositoryObject> {
         let path = key.as_str().strip_prefix(&self.prefix())?;
@@ -234,6 +249,7 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
             is_short_hash(hash).then(|| Some(RepositoryObject::Tail(segment.parse().ok()?, hash.to_owned()))).flatten()
         }
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
+        ["snapshots", id, "snapshot.json"] => Some(RepositoryObject::Snapshot(id.parse().ok()?)),
         _ => None,
     }
 }
@@ -302,6 +318,7 @@ mod tests {
     fn every_object_has_one_key_and_every_key_one_object() {
         let segment: SegmentName = "0000000A0000000300000042".parse().unwrap();
         let id: BackupId = "20261121T061500Z-full".parse().unwrap();
+        let snapshot: SnapshotId = "20261121T061500Z-snapshot".parse().unwrap();
         let objects = [
             (RepositoryObject::Cluster, "cluster.json"),
             (RepositoryObject::TimelineOwner(segment.timeline()), "wal/0000000A/owner.json"),
@@ -327,6 +344,7 @@ mod tests {
             (RepositoryObject::Backup(id, BackupObject::Manifest), "backups/20261121T061500Z-full/backup_manifest.zst"),
             (RepositoryObject::Backup(id, BackupObject::Index), "backups/20261121T061500Z-full/index.jsonl.zst"),
             (RepositoryObject::Backup(id, BackupObject::Part(7)), "backups/20261121T061500Z-full/part-00007.tar.zst"),
+            (RepositoryObject::Snapshot(snapshot), "snapshots/20261121T061500Z-snapshot/snapshot.json"),
         ];
         for (object, path) in objects {
             assert_eq!(layout().key(&object).as_str(), format!("shop/orders/7575002186531184001/{path}"));
@@ -348,6 +366,9 @@ mod tests {
             "backups/20261121T061500Z-full/part-00000.tar.zst",
             "backups/20261121T061500Z-full/part-1.tar.zst",
             "backups/latest/backup.json",
+            "backups/20261121T061500Z-snapshot/backup.json",
+            "snapshots/20261121T061500Z-full/snapshot.json",
+            "snapshots/20261121T061500Z-snapshot/backup.json",
         ] {
             assert_eq!(parse(path), None, "{path}");
         }
@@ -361,6 +382,9 @@ mod tests {
         assert_eq!(layout.timeline_of_prefix(&layout.timeline_prefix(timeline)), Some(timeline));
         let id: BackupId = "20261121T061500Z-full".parse().unwrap();
         assert_eq!(layout.backup_of_prefix(&layout.backup_prefix(id)), Some(id));
+        let snapshots = layout.snapshots_prefix();
+        let snapshot: SnapshotId = "20261121T061500Z-snapshot".parse().unwrap();
+        assert_eq!(layout.snapshot_of_prefix(&format!("{snapshots}{snapshot}/")), Some(snapshot));
         assert_eq!(Layout::system_of_prefix(layout.cluster(), &layout.prefix()), Some(layout.system()));
     }
 

@@ -8,6 +8,9 @@
 //! What is checked here is necessary, not sufficient; PostgreSQL itself ends with an error, and not silently,
 //! when the WAL ends before a target.
 
+mod reach;
+mod snapshot;
+
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -16,6 +19,9 @@ use crate::{
     chain::{ChainError, chain},
     recovery::RecoveryTarget,
 };
+
+use self::reach::{Reach, Span};
+pub use self::snapshot::{SnapshotPlan, SnapshotPlanError, SnapshotSelection, select_for_snapshot};
 
 /// What a restore was asked for.
 #[derive(Clone, PartialEq, Debug)]
@@ -254,12 +260,7 @@ pub fn select(catalog: &Catalog, request: &RestoreRequest) -> Result<Selection, 
 /// Whether recovery that begins with this backup can end at the target: the backup is consistent only at its
 /// own end, so the target must not lie before it.
 fn allows(backup: &BackupRecord, target: &RecoveryTarget) -> bool {
-    match target {
-        RecoveryTarget::Latest | RecoveryTarget::Immediate | RecoveryTarget::Name(_) => true,
-        RecoveryTarget::Time(time) => backup.stopped_at <= *time,
-        RecoveryTarget::Lsn(lsn) => backup.stop_lsn <= *lsn,
-        RecoveryTarget::Xid(xid) => xid_not_before(*xid, backup.next_xid_at_stop),
-    }
+    Span::from(backup).allows(target)
 }
 
 impl Catalog {
@@ -407,43 +408,11 @@ impl RestorePlan {
     /// If the WAL doesn't make the backup consistent or doesn't reach the target.
     pub fn new(selection: Selection, target: RecoveryTarget, wal: WalFacts) -> Result<RestorePlan, PlanError> {
         let Selection { backup, chain, passed_over, history } = selection;
-        let size = backup.wal_segment_size;
-        // PostgreSQL needs the segments up to the one that holds the byte before the stop (XLByteToPrevSeg).
-        let last_of_backup = size.previous_segment_number(backup.stop_lsn);
-        let consistent = wal.reachable > size.start_of(last_of_backup);
-        let Some((last, stored_at)) = wal.last.filter(|_| consistent) else {
-            return Err(PlanError::BackupLacksWal { backup: backup.id, missing: wal.missing });
-        };
-        // PostgreSQL would read the old timeline's segment in its place, and beyond the switch.
-        let begin = history.spans().last().map_or(Lsn::INVALID, |span| span.begin);
-        let needs_timeline = match &target {
-            RecoveryTarget::Immediate => false,
-            RecoveryTarget::Lsn(lsn) => *lsn >= wal.reachable,
-            _ => true,
-        };
-        if needs_timeline && begin >= wal.reachable && begin > backup.stop_lsn {
-            return Err(PlanError::TimelineNotReached { timeline: history.timeline(), missing: wal.missing });
-        }
-        let beyond = match &target {
-            RecoveryTarget::Latest | RecoveryTarget::Immediate => false,
-            // Neither says where it lies; PostgreSQL ends with an error if it isn't met.
-            RecoveryTarget::Name(_) | RecoveryTarget::Xid(_) => false,
-            RecoveryTarget::Lsn(lsn) => *lsn >= wal.reachable,
-            // A segment holds nothing younger than the moment at which it was stored.
-            RecoveryTarget::Time(time) => *time > stored_at,
-        };
-        let target_text = || target.to_string();
-        if beyond && wal.gap {
-            return Err(PlanError::Gap { target: target_text(), missing: wal.missing, reachable: wal.reachable });
-        }
-        if beyond {
-            return Err(PlanError::AfterLastWal { target: target_text(), last, stored_at, reachable: wal.reachable });
-        }
-        let first = size.segment_number(backup.start_lsn);
-        let timeline_of_first = history.timeline_of_segment(first, size).unwrap_or(backup.timeline);
+        let lacks = |missing| PlanError::BackupLacksWal { backup: backup.id, missing };
+        let reach = Reach::new(&Span::from(&backup), &history, &target, &wal, lacks)?;
         Ok(RestorePlan {
-            wal_from: SegmentName::from_number(timeline_of_first, first, size),
-            wal_through: last,
+            wal_from: reach.first,
+            wal_through: reach.last,
             reachable: wal.reachable,
             gap: wal.gap.then_some(wal.missing),
             timeline: history.timeline(),
