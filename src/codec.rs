@@ -180,6 +180,11 @@ impl<R: Read> HashingReader<R> {
         HashingReader { inner, hasher: Sha256::new(), length: 0 }
     }
 
+    /// Bytes read so far.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
     /// The identity of what was read.
     pub fn finish(self) -> ContentId {
         ContentId { sha256: Sha256Digest::new(self.hasher.finalize().into()), size: self.length }

@@ -26,9 +26,9 @@ use super::{
     index,
 };
 use crate::{
-    codec::{self, ChannelReader, HashingReader},
+    codec,
     failure::{Code, Failure},
-    repository::{Repository, damaged},
+    repository::{Repository, StoredReader},
 };
 
 /// How far it has come.
@@ -229,20 +229,11 @@ async fn read_part(
     progress: Arc<VerifyProgress>,
 ) -> Result<Files, Failure> {
     let key = repository.layout().backup(id, BackupObject::Part(part.number));
-    let Some((_, reader)) = repository.open_stream(&key).await? else {
-        return Err(damaged(key.as_str(), "it is missing"));
-    };
+    let reader = repository.open_stored(&key, part.stored).await?;
     let unpack = move || {
-        let why = reader.failure();
-        let counted = Counted { inner: reader, progress };
-        let mut decoder = zstd::stream::read::Decoder::new(HashingReader::new(counted))
-            .map_err(|error| Failure::io("decompressing", &error))?;
-        let files = files_of(&mut decoder).map_err(|error| match why.or_io("", &error) {
-            failure if failure.code == Code::Io => damaged(key.as_str(), &error.to_string()),
-            failure => failure,
-        })?;
-        let hashing = decoder.finish().into_inner();
-        hashing.check(part.stored).map_err(|how| damaged(key.as_str(), &how))?;
+        let mut counted = Counted { reader, progress };
+        let files = files_of(&mut counted).map_err(|error| counted.reader.explain(&error))?;
+        counted.reader.finish()?;
         Ok(files)
     };
     tokio::task::spawn_blocking(unpack).await?
@@ -277,14 +268,15 @@ fn files_of(plain: &mut impl Read) -> io::Result<Files> {
 
 /// Counts what is read.
 struct Counted {
-    inner: ChannelReader,
+    reader: StoredReader,
     progress: Arc<VerifyProgress>,
 }
 
 impl Read for Counted {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buffer)?;
-        self.progress.read_bytes.fetch_add(n as u64, Relaxed);
+        let before = self.reader.stored_bytes();
+        let n = self.reader.read(buffer)?;
+        self.progress.read_bytes.fetch_add(self.reader.stored_bytes() - before, Relaxed);
         Ok(n)
     }
 }

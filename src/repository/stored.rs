@@ -41,6 +41,11 @@ impl StoredReader {
         &self.key
     }
 
+    /// How many bytes of the object, as it is stored, have been read so far.
+    pub fn stored_bytes(&self) -> u64 {
+        self.decoder.get_ref().get_ref().length()
+    }
+
     /// What an error while reading means: either the store failed, and said so, or the bytes aren't right.
     pub fn explain(&self, error: &io::Error) -> Failure {
         match self.why.or_io("", error) {

@@ -104,6 +104,13 @@ impl TargetDirectory {
         Ok(TargetDirectory { path: path.to_owned(), created: false, owner, tablespaces, locks: Vec::new() })
     }
 
+    /// One that is there, without a marker.
+    #[cfg(test)]
+    pub(super) fn unclaimed(path: &Path) -> TargetDirectory {
+        let (owner, tablespaces, locks) = (Owner::Ourselves, Vec::new(), Vec::new());
+        TargetDirectory { path: path.to_owned(), created: false, owner, tablespaces, locks }
+    }
+
     /// Creates a directory, marks it as ours, and removes what an interrupted restore left in it. Between the look at it
     /// and this, another restore may have claimed it, or even have ended in it: then it's left alone.
     fn claim(&mut self, path: &Path, is_data: bool, backup: BackupId) -> Result<(), Failure> {
@@ -384,17 +391,12 @@ mod tests {
 
     use super::*;
 
-    fn target(path: &Path) -> TargetDirectory {
-        let (owner, tablespaces, locks) = (Owner::Ourselves, Vec::new(), Vec::new());
-        TargetDirectory { path: path.to_owned(), created: false, owner, tablespaces, locks }
-    }
-
     #[test]
     fn what_another_restore_has_claimed_since_it_was_looked_at_is_left_alone() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("restored");
         let backup = BackupId::new(jiff::Timestamp::UNIX_EPOCH, BackupKind::Full);
-        let (mut first, mut second) = (target(&path), target(&path));
+        let (mut first, mut second) = (TargetDirectory::unclaimed(&path), TargetDirectory::unclaimed(&path));
         first.claim(&path, true, backup).unwrap();
         assert!(fs::read_to_string(path.join(MARKER)).unwrap().starts_with(&backup.to_string()));
         fs::write(path.join("file"), "").unwrap();

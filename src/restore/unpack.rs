@@ -386,3 +386,6 @@ pub fn hold(plain: &[u8]) -> io::Result<Vec<HeldFile>> {
     }
     Ok(held)
 }
+
+#[cfg(test)]
+mod tests;
