@@ -184,6 +184,14 @@ impl Found<'_> {
             ));
         }
         self.check_control().map_err(|what| refusal(root, what, ROLL_BACK))?;
+        if !root.join("pg_wal").is_dir() {
+            let what = "has no pg_wal, or a link that leads nowhere";
+            return Err(refusal(
+                root,
+                what,
+                "Put an empty directory there, or make the link lead to one: all WAL comes from the archive.",
+            ));
+        }
         if let Some(segment) = self.later_wal()? {
             let what = format!("isn't as it was in the snapshot: pg_wal holds {segment}, which was written since");
             return Err(refusal(root, what, ROLL_BACK));
@@ -308,6 +316,10 @@ fn tidy(directory: &TargetDirectory, major: u32) -> Result<(), Failure> {
         let empty = || -> io::Result<()> {
             for entry in fs::read_dir(&path)? {
                 let entry = entry?;
+                // The root of a volume has it, and it's root's.
+                if entry.file_name() == "lost+found" {
+                    continue;
+                }
                 if entry.file_type()?.is_dir() {
                     fs::remove_dir_all(entry.path())?
                 } else {

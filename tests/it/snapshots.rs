@@ -401,8 +401,12 @@ fn only_the_directory_of_the_snapshot_is_finished_pg15() {
     run(command("mv").arg(cold.join("pg_wal")).arg(&elsewhere));
     run(command("ln").arg("-s").arg(&elsewhere).arg(cold.join("pg_wal")));
     refused(73, &cold, "where files are", &[]);
+    run(command("mv").arg(&elsewhere).arg(scratch.path().join("away")));
+    refused(73, &cold, "has no pg_wal", &[]);
+    run(command("mv").arg(scratch.path().join("away")).arg(&elsewhere));
     run(command("find").arg(&elsewhere).args(["-type", "f", "-delete"]));
     sidecar.ok(&["restore", "run", "--to", text(&cold), "--from-snapshot", &id]);
+    assert_eq!(entries(&elsewhere), ["archive_status"]);
 
     let elsewhere = Scratch::new();
     let other = Postgres::initdb(&elsewhere, 15, &["--wal-segsize=1"]);
