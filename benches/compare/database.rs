@@ -51,6 +51,11 @@ impl Database {
         run(server.client("pgbench").args(["-i", "-q", "-s", &options.backup_scale.to_string()]));
         server.configure(&["fsync = on"]);
         let database = Database { server, transactions: options.transactions, _scratch: scratch };
+        // A database that has been in use has room in its pages: an update stays in its page then, and leaves the index
+        // alone.
+        database.write();
+        database.server.sql("UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid % 12 = 0");
+        database.server.sql("VACUUM ANALYZE");
         database.give_wal_to(NOBODY);
         database.settle();
         database

@@ -51,7 +51,7 @@ impl Options {
             repeat: number("REPEAT").unwrap_or(3),
             scale: number("SCALE").unwrap_or(30),
             segments: number("SEGMENTS").unwrap_or(128),
-            backup_scale: number("BACKUP_SCALE").unwrap_or(140),
+            backup_scale: number("BACKUP_SCALE").unwrap_or(100),
             transactions: number("TRANSACTIONS").unwrap_or(41_000),
             store_latency: Duration::from_millis(number("STORE_LATENCY_MS").unwrap_or(0)),
             root: path("PGSIDECAR_BENCH_ROOT"),

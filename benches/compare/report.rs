@@ -36,6 +36,8 @@ pub struct Tps {
     pub after: f64,
     /// Backups that were taken meanwhile; the last one went on a bit longer.
     pub backups: usize,
+    /// The largest share of the machine that others had during one of the three.
+    pub disturbance: f64,
 }
 
 /// Of pgsidecar's daemon.
@@ -102,7 +104,7 @@ impl Report {
             all.push(json!({
                 "work": Work::Tps.name(), "tool": "pgsidecar", "store_latency_ms": latency,
                 "tps_before": rounded(tps.before), "tps_during": rounded(tps.during), "tps_after": rounded(tps.after),
-                "backups": tps.backups,
+                "backups": tps.backups, "disturbance": rounded(tps.disturbance),
             }));
         }
         if let Some(DaemonFigures { idle, call_median, call_p99 }) = self.daemon {
@@ -144,6 +146,12 @@ impl Report {
                 tps.after,
                 tps.after / tps.before * 100.0
             );
+            if tps.disturbance > BUSY {
+                println!(
+                    "  CAUTION: meanwhile {:.0} % of the machine went to something else.",
+                    tps.disturbance * 100.0
+                );
+            }
         }
         if let Some(DaemonFigures { idle, call_median, call_p99 }) = self.daemon {
             println!("\ndaemon (pgsidecar)");

@@ -168,7 +168,7 @@ impl Drop for Daemon {
 }
 
 /// What one run has come to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Outcome {
     pub usage: Usage,
     /// Bytes of WAL that went through, uncompressed, or of the database.
