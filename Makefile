@@ -44,7 +44,7 @@ memory: ## backup and restore of 2 GB held to 128 MiB, with the peaks
 	cargo build --release --locked -p pgsidecar -p pgsidecar-wal
 	scripts/memory.sh
 
-bench: ## archiving and replaying WAL beside pgBackRest and barman-cloud: benches/README.md
+bench: ## archiving, backups and restores beside pgBackRest and barman-cloud: benches/README.md
 	scripts/setup-bench.sh
 	scripts/setup-s3s.sh
 	cargo build --release --locked -p pgsidecar -p pgsidecar-wal

@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a bench fails by panicking")]
 
 mod backlog;
+mod database;
+mod delay;
 mod machine;
 mod options;
 mod report;
@@ -15,6 +17,7 @@ mod store;
 #[allow(dead_code, unused_imports, reason = "the tests' kit, of which a bench uses a part")]
 #[path = "../../tests/it/support/mod.rs"]
 mod support;
+mod targets;
 mod tools;
 mod works;
 

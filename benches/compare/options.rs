@@ -1,6 +1,6 @@
 //! What is to be measured, from the environment.
 
-use std::{env, path::PathBuf, str::FromStr};
+use std::{env, path::PathBuf, str::FromStr, time::Duration};
 
 use crate::works::Work;
 
@@ -16,6 +16,12 @@ pub struct Options {
     pub scale: u32,
     /// `SEGMENTS`: the least number of WAL segments (16 MiB) in the backlog.
     pub segments: usize,
+    /// `BACKUP_SCALE`: pgbench's scale for the database that is backed up.
+    pub backup_scale: u32,
+    /// `TRANSACTIONS`: pgbench's transactions before an incremental backup.
+    pub transactions: u32,
+    /// `STORE_LATENCY_MS`: how much later than it could the store gets each request.
+    pub store_latency: Duration,
     /// `PGSIDECAR_BENCH_ROOT`: the folder of `scripts/setup-bench.sh`.
     pub root: PathBuf,
     /// `PGSIDECAR_BENCH_RESULTS`: where the figures go, as JSON.
@@ -24,6 +30,9 @@ pub struct Options {
 
 /// All tools. `floor` is no tool: what the work takes at the least on this machine.
 pub const TOOLS: [&str; 4] = ["pgsidecar", "pgbackrest", "barman-cloud", "floor"];
+
+/// pgbench's clients.
+pub const CLIENTS: u32 = 4;
 
 impl Options {
     pub fn from_environment() -> Options {
@@ -42,13 +51,18 @@ impl Options {
             repeat: number("REPEAT").unwrap_or(3),
             scale: number("SCALE").unwrap_or(30),
             segments: number("SEGMENTS").unwrap_or(128),
+            backup_scale: number("BACKUP_SCALE").unwrap_or(100),
+            transactions: number("TRANSACTIONS").unwrap_or(41_000),
+            store_latency: Duration::from_millis(number("STORE_LATENCY_MS").unwrap_or(0)),
             root: path("PGSIDECAR_BENCH_ROOT"),
             results: path("PGSIDECAR_BENCH_RESULTS"),
         };
         assert!(
-            options.repeat > 0 && options.scale > 0 && options.segments > 0,
-            "REPEAT, SCALE and SEGMENTS are at least 1"
+            options.repeat > 0 && options.scale > 0 && options.segments > 0 && options.backup_scale > 0,
+            "REPEAT, SCALE, SEGMENTS and BACKUP_SCALE are at least 1"
         );
+        assert!(options.transactions >= CLIENTS, "TRANSACTIONS is at least {CLIENTS}");
+        assert!(options.store_latency <= Duration::from_secs(1), "STORE_LATENCY_MS is at most 1000");
         options
     }
 

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     options::TOOLS,
     run::{BUSY, Bench, Outcome, say},
+    targets,
     tools::Tool,
     works::Work,
 };
@@ -19,7 +20,24 @@ pub struct Report {
     results: PathBuf,
     versions: Vec<(String, String)>,
     outcomes: Vec<(Work, &'static str, Vec<Outcome>)>,
+    /// What could not be measured, and why.
+    failures: Vec<(Work, &'static str, String)>,
+    tps: Vec<Tps>,
     daemon: Option<DaemonFigures>,
+    /// In milliseconds.
+    store_latency: u64,
+}
+
+/// pgbench's transactions a second around backups.
+#[derive(Clone, Copy)]
+pub struct Tps {
+    pub before: f64,
+    pub during: f64,
+    pub after: f64,
+    /// Backups that were taken meanwhile; the last one went on a bit longer.
+    pub backups: usize,
+    /// The largest share of the machine that others had during one of the three.
+    pub disturbance: f64,
 }
 
 /// Of pgsidecar's daemon.
@@ -32,7 +50,15 @@ struct DaemonFigures {
 impl Report {
     pub fn new(bench: &Bench, tools: &[Box<dyn Tool>]) -> Report {
         let versions = tools.iter().map(|tool| (tool.name().to_owned(), tool.version())).collect();
-        Report { results: bench.options.results.clone(), versions, outcomes: Vec::new(), daemon: None }
+        Report {
+            results: bench.options.results.clone(),
+            versions,
+            outcomes: Vec::new(),
+            failures: Vec::new(),
+            tps: Vec::new(),
+            daemon: None,
+            store_latency: bench.store.latency_ms(),
+        }
     }
 
     /// One run's outcome.
@@ -46,6 +72,20 @@ impl Report {
         self.write();
     }
 
+    /// That a work can't be measured with this tool.
+    pub fn add_failure(&mut self, work: Work, tool: &'static str, why: String) {
+        say(&format!("not measured: {why}"));
+        self.failures.push((work, tool, why));
+        self.write();
+    }
+
+    /// One run of `tps`.
+    pub fn add_tps(&mut self, tps: Tps) {
+        say(&format!("{:.0}, {:.0}, {:.0} transactions a second", tps.before, tps.during, tps.after));
+        self.tps.push(tps);
+        self.write();
+    }
+
     /// The daemon's resident bytes when idle, and the milliseconds of a call.
     pub fn set_daemon(&mut self, idle: u64, call_median: f64, call_p99: f64) {
         self.daemon = Some(DaemonFigures { idle, call_median, call_p99 });
@@ -54,8 +94,19 @@ impl Report {
 
     /// Writes what there is so far: a later run that fails takes nothing away.
     fn write(&self) {
+        let latency = self.store_latency;
         let mut all: Vec<Value> =
-            self.outcomes.iter().map(|(work, tool, outcomes)| result(*work, tool, outcomes)).collect();
+            self.outcomes.iter().map(|(work, tool, outcomes)| result(*work, tool, latency, outcomes)).collect();
+        all.extend(self.failures.iter().map(
+            |(work, tool, why)| json!({"work": work.name(), "tool": tool, "store_latency_ms": latency, "not_measured": why}),
+        ));
+        if let Some(tps) = self.median_tps() {
+            all.push(json!({
+                "work": Work::Tps.name(), "tool": "pgsidecar", "store_latency_ms": latency,
+                "tps_before": rounded(tps.before), "tps_during": rounded(tps.during), "tps_after": rounded(tps.after),
+                "backups": tps.backups, "disturbance": rounded(tps.disturbance),
+            }));
+        }
         if let Some(DaemonFigures { idle, call_median, call_p99 }) = self.daemon {
             all.push(json!({
                 "work": Work::Daemon.name(), "tool": "pgsidecar", "store_latency_ms": 0,
@@ -66,13 +117,41 @@ impl Report {
         fs::write(&self.results, serde_json::to_string_pretty(&all).unwrap() + "\n").unwrap();
     }
 
+    /// The run in the middle by what was left during backups.
+    fn median_tps(&self) -> Option<Tps> {
+        let mut sorted = self.tps.clone();
+        sorted.sort_by(|a, b| (a.during / a.before).total_cmp(&(b.during / b.before)));
+        sorted.get(sorted.len() / 2).copied()
+    }
+
     /// The table.
     pub fn print(&self) {
         for (tool, version) in &self.versions {
             println!("{tool:<13} {version}");
         }
+        if self.store_latency > 0 {
+            println!("the store gets each request {} ms later than it could", self.store_latency);
+        }
         for work in Work::ALL {
             self.print_work(work);
+        }
+        if let Some(tps) = self.median_tps() {
+            println!("\ntps (pgsidecar), of pgbench");
+            println!(
+                "  before {:.0}; during {} full backups {:.0} ({:.0} %); after {:.0} ({:.0} %, at least 95 wanted)",
+                tps.before,
+                tps.backups,
+                tps.during,
+                tps.during / tps.before * 100.0,
+                tps.after,
+                tps.after / tps.before * 100.0
+            );
+            if tps.disturbance > BUSY {
+                println!(
+                    "  CAUTION: meanwhile {:.0} % of the machine went to something else.",
+                    tps.disturbance * 100.0
+                );
+            }
         }
         if let Some(DaemonFigures { idle, call_median, call_p99 }) = self.daemon {
             println!("\ndaemon (pgsidecar)");
@@ -86,11 +165,15 @@ impl Report {
         let of_tool = |tool: &str| {
             self.outcomes.iter().find(|(of, by, _)| *of == work && *by == tool).map(|(_, _, outcomes)| outcomes)
         };
+        for (_, tool, why) in self.failures.iter().filter(|(of, _, _)| *of == work) {
+            println!("\n{} with {tool}: not measured: {}", work.name(), why.trim());
+        }
         let Some(plain) = TOOLS.iter().find_map(|tool| of_tool(tool)).map(|outcomes| outcomes[0].plain) else { return };
         let reference = of_tool(REFERENCE).map(|outcomes| Summary::of(outcomes));
-        println!("\n{} of {:.0} MB of WAL (ratio to {REFERENCE})", work.name(), plain as f64 / 1e6);
+        let material = work.material();
+        println!("\n{} of {:.0} MB of {material} (ratio to {REFERENCE})", work.name(), plain as f64 / 1e6);
         println!(
-            "  {:<13} {:<22} {:<26} {:<30} {:<18} MB stored",
+            "  {:<13} {:<26} {:<26} {:<30} {:<18} MB stored",
             "", "seconds", "MB/s", "CPU s a GB, machine", "peak MiB"
         );
         for tool in TOOLS {
@@ -106,13 +189,25 @@ impl Report {
                 let ratio = reference.and_then(|reference| Some(format!(" ({:.2}x)", peak / reference.peak?)));
                 format!("{}{}", tidy(peak), ratio.unwrap_or_default())
             });
-            let stored = summary.stored.map_or("-".to_owned(), |stored| tidy(stored as f64 / 1e6));
+            let stored = summary.stored.map_or("-".to_owned(), |stored| {
+                let ratio = reference.and_then(|reference| Some(stored as f64 / reference.stored? as f64));
+                format!(
+                    "{}{}",
+                    tidy(stored as f64 / 1e6),
+                    ratio.map(|ratio| format!(" ({ratio:.2}x)")).unwrap_or_default()
+                )
+            });
             println!(
-                "  {tool:<13} {:<22} {:<26} {:<30} {peak:<18} {stored}",
-                cell(&summary.seconds, None),
+                "  {tool:<13} {:<26} {:<26} {:<30} {peak:<18} {stored}",
+                cell(&summary.seconds, reference.map(|reference| &reference.seconds)),
                 cell(&summary.mb_per_s, reference.map(|reference| &reference.mb_per_s)),
                 cell(&summary.cpu, reference.map(|reference| &reference.cpu)),
             );
+        }
+        if let (Some(ours), Some(reference)) = (of_tool("pgsidecar"), &reference) {
+            for line in targets::lines(work, &Summary::of(ours), reference) {
+                println!("  {line}");
+            }
         }
         println!("  CPU seconds of the median run, by processes:");
         for tool in TOOLS {
@@ -132,9 +227,9 @@ impl Report {
 /// The figures of one run.
 struct Figures {
     seconds: f64,
-    /// Of plain WAL, MB being 10^6 bytes.
+    /// Of plain WAL or of the database, MB being 10^6 bytes.
     mb_per_s: f64,
-    /// CPU seconds of the machine for 10^9 bytes of plain WAL.
+    /// CPU seconds of the machine for 10^9 bytes of that.
     cpu: f64,
 }
 
@@ -147,8 +242,8 @@ impl Figures {
 }
 
 /// The median and the extremes of a figure.
-struct Range {
-    median: f64,
+pub struct Range {
+    pub median: f64,
     least: f64,
     most: f64,
 }
@@ -162,14 +257,16 @@ impl Range {
 }
 
 /// The figures of all runs of a tool.
-struct Summary {
-    seconds: Range,
-    mb_per_s: Range,
-    cpu: Range,
+pub struct Summary {
+    pub seconds: Range,
+    pub mb_per_s: Range,
+    /// CPU seconds of the machine for 10^9 bytes.
+    pub cpu: Range,
     /// The highest of all runs, in MiB.
-    peak: Option<f64>,
-    peak_anonymous: Option<f64>,
-    stored: Option<u64>,
+    pub peak: Option<f64>,
+    pub peak_anonymous: Option<f64>,
+    /// Bytes in the store, of the median run.
+    pub stored: Option<u64>,
 }
 
 impl Summary {
@@ -197,12 +294,12 @@ fn median_run(outcomes: &[Outcome]) -> &Outcome {
 }
 
 /// An entry of `results.json`: medians, and all runs.
-fn result(work: Work, tool: &str, outcomes: &[Outcome]) -> Value {
+fn result(work: Work, tool: &str, store_latency: u64, outcomes: &[Outcome]) -> Value {
     let summary = Summary::of(outcomes);
     let mut entry = json!({
         "work": work.name(),
         "tool": tool,
-        "store_latency_ms": 0,
+        "store_latency_ms": store_latency,
         "plain_bytes": outcomes[0].plain,
         "seconds": rounded(summary.seconds.median),
         "mb_per_s": rounded(summary.mb_per_s.median),

@@ -9,6 +9,7 @@ use std::{
 
 use crate::{
     backlog::Backlog,
+    database::Database,
     machine::{self, Usage},
     options::Options,
     store::Store,
@@ -31,13 +32,14 @@ pub struct Bench {
     // After the store, which has its files there: fields are dropped in order.
     pub scratch: Scratch,
     backlog: Option<Backlog>,
+    database: Option<Database>,
 }
 
 impl Bench {
     pub fn start(options: Options) -> Bench {
         let scratch = Scratch::new();
-        let store = Store::start(&scratch, &options.root);
-        Bench { options, store, scratch, backlog: None }
+        let store = Store::start(&scratch, &options.root, options.store_latency);
+        Bench { options, store, scratch, backlog: None, database: None }
     }
 
     /// The WAL that waits, made when it's first needed.
@@ -55,9 +57,25 @@ impl Bench {
     pub fn made_backlog(&self) -> &Backlog {
         self.backlog.as_ref().expect("the work has made the backlog")
     }
+
+    /// The database that is backed up, made when it's first needed. Its server runs.
+    pub fn database(&mut self) -> &Database {
+        if self.database.is_none() {
+            say("writing the database");
+            let database = Database::make(&self.options);
+            say(&format!("{:.0} MB, pgbench scale {}", database.bytes() as f64 / 1e6, self.options.backup_scale));
+            self.database = Some(database);
+        }
+        self.made_database()
+    }
+
+    /// The same, for who knows that it has been made.
+    pub fn made_database(&self) -> &Database {
+        self.database.as_ref().expect("the work has made the database")
+    }
 }
 
-/// A place for one run of one tool: directories of its own, and a name in the store. Its directories vanish on drop.
+/// A place for one run of one tool: directories of its own, and a name in the store. What is its own vanishes on drop.
 pub struct Place<'a> {
     pub store: &'a Store,
     scratch: &'a Scratch,
@@ -65,12 +83,14 @@ pub struct Place<'a> {
     pub repository: String,
     /// For spool, configuration and logs.
     pub directory: PathBuf,
-    /// The data directory, not there yet.
+    /// The data directory; for a server of the place's own, not there yet.
     pub data: PathBuf,
     /// The directory of the server's socket.
     pub socket: PathBuf,
     /// For who needs to listen.
     pub port: u16,
+    /// What vanishes with it.
+    own: Vec<PathBuf>,
 }
 
 impl<'a> Place<'a> {
@@ -78,8 +98,18 @@ impl<'a> Place<'a> {
         let directory = bench.scratch.dir("run");
         let data = bench.scratch.path().join("run-data");
         let socket = bench.scratch.path().join("s-run-data");
-        let repository = repository.to_owned();
-        Place { store: &bench.store, scratch: &bench.scratch, repository, directory, data, socket, port: free_port() }
+        let own = vec![directory.clone(), data.clone(), socket.clone()];
+        let (store, scratch, repository) = (&bench.store, &bench.scratch, repository.to_owned());
+        Place { store, scratch, repository, directory, data, socket, port: free_port(), own }
+    }
+
+    /// A place beside the database that is backed up.
+    pub fn beside(bench: &'a Bench, repository: &str) -> Place<'a> {
+        let directory = bench.scratch.dir("run");
+        let server = bench.made_database().server();
+        let (data, socket, own) = (server.data.clone(), server.socket.clone(), vec![directory.clone()]);
+        let (store, scratch, repository) = (&bench.store, &bench.scratch, repository.to_owned());
+        Place { store, scratch, repository, directory, data, socket, port: free_port(), own }
     }
 
     /// The server on its data directory, not started, with more lines in its configuration.
@@ -97,7 +127,7 @@ impl<'a> Place<'a> {
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            for directory in [&self.directory, &self.data, &self.socket] {
+            for directory in &self.own {
                 fs::remove_dir_all(directory).ok();
             }
         }
@@ -138,12 +168,12 @@ impl Drop for Daemon {
 }
 
 /// What one run has come to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Outcome {
     pub usage: Usage,
-    /// Bytes of WAL that went through, uncompressed.
+    /// Bytes of WAL that went through, uncompressed, or of the database.
     pub plain: u64,
-    /// Bytes in the store afterwards.
+    /// Bytes that are in the store of it.
     pub stored: Option<u64>,
 }
 
@@ -166,18 +196,23 @@ impl Outcome {
 /// Makes a run again, at most twice, when others used the machine meanwhile; the best of them counts. A long run is
 /// left as it was.
 pub fn undisturbed(mut run: impl FnMut() -> Outcome) -> Outcome {
-    let mut best = run();
+    try_undisturbed(|| Ok(run())).unwrap_or_else(|why: String| panic!("{why}"))
+}
+
+/// The same of what can fail; the first failure ends it.
+pub fn try_undisturbed(mut run: impl FnMut() -> Result<Outcome, String>) -> Result<Outcome, String> {
+    let mut best = run()?;
     for _ in 0..2 {
         if best.disturbance() <= BUSY || best.usage.seconds > 30.0 {
             break;
         }
         say(&format!("{:.0} % of the machine went to something else: once more", best.disturbance() * 100.0));
-        let again = run();
+        let again = run()?;
         if again.disturbance() < best.disturbance() {
             best = again;
         }
     }
-    best
+    Ok(best)
 }
 
 /// The names of the segments in `pg_wal` that wait to be archived, in order.

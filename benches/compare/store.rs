@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::{
+    delay::Delay,
     server::Server,
     support::{Scratch, command, free_port, run, wait_until},
 };
@@ -19,21 +20,24 @@ pub struct Store {
     nginx: Child,
     port: u16,
     certificates: PathBuf,
+    latency: Duration,
 }
 
 impl Store {
-    pub fn start(scratch: &Scratch, root: &Path) -> Store {
+    /// `latency` is how much later than it could the server gets each request that comes by TLS.
+    pub fn start(scratch: &Scratch, root: &Path, latency: Duration) -> Store {
         let server = Server::start();
         assert!(server.is_s3s(), "the bench runs with s3s-fs: unset PGSIDECAR_TEST_STORE");
         let directory = scratch.dir("tls");
         certificates(&directory);
         let port = free_port();
-        fs::write(directory.join("nginx.conf"), configuration(port, &server.address())).unwrap();
+        let upstream = if latency.is_zero() { server.address() } else { Delay::before(&server.address(), latency) };
+        fs::write(directory.join("nginx.conf"), configuration(port, &upstream)).unwrap();
         let mut nginx = command(root.join("usr/sbin/nginx"));
         nginx.arg("-p").arg(&directory).arg("-c").arg(directory.join("nginx.conf")).arg("-e").arg("nginx.log");
         let nginx = nginx.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let certificates = directory.join("ca.pem");
-        let store = Store { server, nginx, port, certificates };
+        let store = Store { server, nginx, port, certificates, latency };
         wait_until("nginx answers", Duration::from_secs(10), || TcpStream::connect(("127.0.0.1", port)).is_ok());
         store
     }
@@ -43,7 +47,12 @@ impl Store {
         self.port
     }
 
-    /// The server itself, without TLS.
+    /// How much later than it could the server gets each request that comes by TLS, in milliseconds.
+    pub fn latency_ms(&self) -> u64 {
+        u64::try_from(self.latency.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// The server itself, without TLS and without a delay.
     pub fn plain_endpoint(&self) -> String {
         self.server.endpoint()
     }
@@ -71,13 +80,26 @@ impl Store {
 
     /// The size of all objects under this prefix.
     pub fn bytes_under(&self, prefix: &str) -> u64 {
-        fn size(path: &Path) -> u64 {
-            let entries = fs::read_dir(path).into_iter().flatten().map(Result::unwrap);
-            entries
-                .map(|entry| if entry.path().is_dir() { size(&entry.path()) } else { entry.metadata().unwrap().len() })
-                .sum()
+        self.sizes(prefix).iter().map(|(_, size)| size).sum()
+    }
+
+    /// The size of the objects under this prefix that have a directory of this name in their path.
+    pub fn bytes_within(&self, prefix: &str, directory: &str) -> u64 {
+        let within = |path: &Path| path.components().any(|component| component.as_os_str() == directory);
+        self.sizes(prefix).iter().filter(|(path, _)| within(path)).map(|(_, size)| size).sum()
+    }
+
+    /// Reads all objects under this prefix once, so that they lie in the page cache.
+    pub fn warm(&self, prefix: &str) {
+        let files = self.server.s3s_bucket_files();
+        for (path, _) in self.sizes(prefix) {
+            std::io::copy(&mut fs::File::open(files.join(prefix).join(path)).unwrap(), &mut std::io::sink()).unwrap();
         }
-        size(&self.server.s3s_bucket_files().join(prefix))
+    }
+
+    /// The objects under this prefix, with their sizes in bytes.
+    fn sizes(&self, prefix: &str) -> Vec<(PathBuf, u64)> {
+        files(&self.server.s3s_bucket_files().join(prefix))
     }
 
     /// Removes all objects under this prefix.
@@ -93,6 +115,23 @@ impl Drop for Store {
             .ok();
         self.nginx.wait().ok();
     }
+}
+
+/// All files below a directory, by their paths from there, with their sizes in bytes.
+pub fn files(root: &Path) -> Vec<(PathBuf, u64)> {
+    let (mut found, mut directories) = (Vec::new(), vec![PathBuf::new()]);
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(root.join(&directory)).into_iter().flatten().map(Result::unwrap) {
+            let path = directory.join(entry.file_name());
+            let kind = entry.file_type().unwrap();
+            if kind.is_dir() {
+                directories.push(path);
+            } else if kind.is_file() {
+                found.push((path, entry.metadata().unwrap().len()));
+            }
+        }
+    }
+    found
 }
 
 fn configuration(port: u16, upstream: &str) -> String {

@@ -14,7 +14,10 @@ use crate::{
     store::{ListRequest, Pages},
 };
 
-const WAL_POLL: Duration = Duration::from_millis(500);
+/// How soon it's looked again for WAL that isn't there yet. It mostly comes within a few hundredths of a second, and then
+/// hardly anything else is left to do: each time it's twice as long, up to a bound.
+const WAL_POLL: Duration = Duration::from_millis(20);
+const WAL_POLL_MOST: Duration = Duration::from_millis(500);
 
 /// The WAL that has to be in the repository before something is complete.
 #[derive(Clone, Debug)]
@@ -57,6 +60,7 @@ pub async fn wait_for_wal(
     let history = history_of(repository, range.timeline).await?;
     let began = tokio::time::Instant::now();
     let mut told = false;
+    let mut pause = WAL_POLL;
     // What has been seen isn't listed again: the scan goes on where it was.
     let mut scan = WalScan::new(history, size, range.start);
     loop {
@@ -92,7 +96,8 @@ pub async fn wait_for_wal(
             tracing::info!("{}: waiting for its WAL to be archived", need.what);
             told = true;
         }
-        tokio::time::sleep(WAL_POLL).await;
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(WAL_POLL_MOST);
     }
 }
 

@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// How often the summaries are looked at.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What an incremental backup builds on.
 pub struct Base {

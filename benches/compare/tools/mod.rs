@@ -4,6 +4,8 @@ mod barman;
 mod pgbackrest;
 mod pgsidecar;
 
+use std::{path::Path, process::Command};
+
 pub use pgsidecar::Pgsidecar;
 
 use crate::{
@@ -36,6 +38,44 @@ pub trait Tool {
     fn archive_command(&self, place: &Place) -> String;
 
     fn restore_command(&self, place: &Place) -> String;
+
+    /// How it takes base backups, if that is compared.
+    fn backups(&self) -> Option<&dyn Backups> {
+        None
+    }
+}
+
+/// A tool's base backups, read or written by [`PROCESSES`] threads or processes.
+pub trait Backups {
+    /// The directory of the repository that holds backups, and no WAL.
+    fn directory(&self) -> &'static str;
+
+    /// The command that takes a backup of the running server at once.
+    fn create(&self, place: &Place, kind: Kind) -> Command;
+
+    /// The newest backup in the repository.
+    fn newest(&self, place: &Place) -> Backup;
+
+    /// The command that restores this backup to an empty directory, to recover to where it's consistent.
+    fn restore(&self, place: &Place, backup: &str, to: &Path) -> Command;
+}
+
+/// Threads or processes of each tool that work on a backup or a restore.
+pub const PROCESSES: u32 = 2;
+
+/// How much of the database a backup holds by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Full,
+    /// What has changed since the last backup.
+    Incremental,
+}
+
+/// A backup in a repository.
+pub struct Backup {
+    /// The name that the tool has given it.
+    pub id: String,
+    pub kind: Kind,
 }
 
 /// Those that were asked for and work here.

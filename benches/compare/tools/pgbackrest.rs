@@ -1,8 +1,12 @@
 //! pgBackRest: asynchronous, two processes, zstd at level 1.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use super::Tool;
+use super::{Backup, Backups, Kind, PROCESSES, Tool};
 use crate::{
     run::{Daemon, Place},
     support::{command, give_to_servers, run},
@@ -17,6 +21,12 @@ impl PgBackRest {
     fn call(&self, place: &Place, arguments: &str) -> String {
         let configuration = place.directory.join("pgbackrest.conf");
         format!("{} --config={} --stanza=main {arguments}", self.program.display(), configuration.display())
+    }
+
+    fn command(&self, place: &Place, arguments: &str) -> Command {
+        let mut shell = command("sh");
+        shell.arg("-c").arg(format!("exec {}", self.call(place, arguments))).current_dir(&place.directory);
+        shell
     }
 }
 
@@ -38,7 +48,7 @@ impl Tool for PgBackRest {
     }
 
     fn create_repository(&self, place: &Place) {
-        run(command("sh").arg("-c").arg(self.call(place, "stanza-create")).current_dir(&place.directory));
+        run(&mut self.command(place, "stanza-create"));
     }
 
     fn configure(&self, place: &Place) {
@@ -63,7 +73,7 @@ repo1-bundle=y
 repo1-block=y
 compress-type=zst
 compress-level=1
-process-max=2
+process-max={PROCESSES}
 archive-async=y
 spool-path={directory}/spool
 lock-path={directory}/lock
@@ -96,5 +106,33 @@ pg1-user=postgres
 
     fn restore_command(&self, place: &Place) -> String {
         self.call(place, "archive-get %f \"%p\"")
+    }
+
+    fn backups(&self) -> Option<&dyn Backups> {
+        Some(self)
+    }
+}
+
+impl Backups for PgBackRest {
+    fn directory(&self) -> &'static str {
+        "backup"
+    }
+
+    fn create(&self, place: &Place, kind: Kind) -> Command {
+        let kind = if kind == Kind::Full { "full" } else { "incr" };
+        self.command(place, &format!("--type={kind} --start-fast backup"))
+    }
+
+    fn newest(&self, place: &Place) -> Backup {
+        let told = run(&mut self.command(place, "--output=json info"));
+        let stanzas: serde_json::Value = serde_json::from_str(&told).unwrap();
+        let backup = stanzas[0]["backup"].as_array().unwrap().last().expect("there is a backup");
+        let kind = if backup["type"] == "full" { Kind::Full } else { Kind::Incremental };
+        Backup { id: backup["label"].as_str().unwrap().to_owned(), kind }
+    }
+
+    fn restore(&self, place: &Place, backup: &str, to: &Path) -> Command {
+        let target = format!("--pg1-path={} --set={backup} --type=immediate --target-action=promote", to.display());
+        self.command(place, &format!("{target} restore"))
     }
 }

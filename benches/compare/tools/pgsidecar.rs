@@ -1,8 +1,8 @@
 //! pgsidecar as it is built here, with its defaults.
 
-use std::process::Command;
+use std::{path::Path, process::Command};
 
-use super::{Tool, aws};
+use super::{Backup, Backups, Kind, PROCESSES, Tool, aws};
 use crate::{
     run::{Daemon, Place},
     support::{Sidecar, command, run},
@@ -21,22 +21,26 @@ impl Pgsidecar {
 
     /// The daemon of this place, with the store at this endpoint.
     pub fn daemon(place: &Place, endpoint: &str) -> Daemon {
-        let path = |name: &str| place.directory.join(name).display().to_string();
-        let mut daemon = command(Sidecar::program());
-        daemon
-            .arg("run")
+        let mut daemon = Pgsidecar::program(place, endpoint);
+        daemon.arg("run").env("PGDATA", &place.data).env("PGHOST", &place.socket).env("PGUSER", "postgres");
+        Daemon::start(place, daemon)
+    }
+
+    /// The program with the settings of this place.
+    fn program(place: &Place, endpoint: &str) -> Command {
+        let mut program = command(Sidecar::program());
+        program
             .envs(aws(place))
             .env("AWS_ENDPOINT_URL_S3", endpoint)
             .env("SSL_CERT_FILE", place.store.certificates())
             .env("PGSIDECAR_REPOSITORY", format!("s3://{}/{}", place.store.bucket(), place.repository))
-            .env("PGDATA", &place.data)
-            .env("PGHOST", &place.socket)
-            .env("PGUSER", "postgres")
             .env("PGSIDECAR_WAL_LISTEN", format!("127.0.0.1:{}", place.port))
             .env("PGSIDECAR_HEALTH_LISTEN", "127.0.0.1:0")
-            .env("PGSIDECAR_CONTROL_SOCKET", path("control.sock"))
-            .env("PGSIDECAR_HELPER", Sidecar::helper());
-        Daemon::start(place, daemon)
+            .env("PGSIDECAR_CONTROL_SOCKET", place.directory.join("control.sock"))
+            .env("PGSIDECAR_HELPER", Sidecar::helper())
+            .env("PGSIDECAR_PARALLELISM", PROCESSES.to_string())
+            .current_dir(&place.directory);
+        program
     }
 
     fn call(place: &Place, arguments: &str) -> String {
@@ -76,4 +80,42 @@ impl Tool for Pgsidecar {
     fn restore_command(&self, place: &Place) -> String {
         Pgsidecar::call(place, "restore %f %p")
     }
+
+    fn backups(&self) -> Option<&dyn Backups> {
+        Some(self)
+    }
+}
+
+impl Backups for Pgsidecar {
+    fn directory(&self) -> &'static str {
+        "backups"
+    }
+
+    fn create(&self, place: &Place, kind: Kind) -> Command {
+        let mut program = Pgsidecar::program(place, &place.store.endpoint());
+        let kind = if kind == Kind::Full { "full" } else { "incremental" };
+        program.args(["backup", "create", "--fast", "--type", kind]);
+        program
+    }
+
+    fn newest(&self, place: &Place) -> Backup {
+        let mut program = Pgsidecar::program(place, &place.store.endpoint());
+        let told = run(program.args(["backup", "list", "--json"]));
+        let backups: serde_json::Value = serde_json::from_str(&told).unwrap();
+        let backup = backups.as_array().unwrap().iter().max_by_key(|backup| backup["stop_lsn"].as_str().map(lsn));
+        let backup = backup.expect("there is a backup");
+        let kind = if backup["parent"].is_null() { Kind::Full } else { Kind::Incremental };
+        Backup { id: backup["id"].as_str().unwrap().to_owned(), kind }
+    }
+
+    fn restore(&self, place: &Place, backup: &str, to: &Path) -> Command {
+        let mut program = Pgsidecar::program(place, &place.store.endpoint());
+        program.args(["restore", "run", "--backup", backup, "--target-immediate", "--to"]).arg(to);
+        program
+    }
+}
+
+fn lsn(text: &str) -> u64 {
+    let (high, low) = text.split_once('/').unwrap();
+    (u64::from_str_radix(high, 16).unwrap() << 32) | u64::from_str_radix(low, 16).unwrap()
 }
