@@ -2,7 +2,8 @@
 # `make bench`: pgsidecar beside pgBackRest and barman-cloud; benches/README.md tells what is measured. Expects what setup-bench.sh and
 # setup-s3s.sh fetch, and the release build.
 #
-#   BENCH="wal-drain wal-replay daemon" TOOLS="pgsidecar pgbackrest barman-cloud floor" REPEAT=3 SCALE=30 SEGMENTS=128 scripts/bench.sh
+#   BENCH="wal-drain wal-replay backup-full backup-incremental restore-full restore-chain tps daemon" TOOLS="pgsidecar pgbackrest barman-cloud floor" \
+#       REPEAT=3 SCALE=30 SEGMENTS=128 BACKUP_SCALE=100 TRANSACTIONS=41000 STORE_LATENCY_MS=0 scripts/bench.sh
 tools=${TOOLS:-} # before lib.sh, which means something else by it
 source "$(dirname "$0")/lib.sh"
 cd "$ROOT"
