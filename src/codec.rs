@@ -21,9 +21,6 @@ pub const CHUNK: usize = 256 * 1024;
 /// The most plain bytes in one frame of [`compress_whole`], and how many should be written to it at a time: little enough
 /// to stay in a processor's cache between reading, hashing and compressing.
 pub const FRAME: usize = 2 << 20;
-/// What the buffer of [`compress_whole`] has at first: untouched it costs nothing, and a WAL segment of 16 MB seldom
-/// needs more.
-const WHOLE_BUFFER: usize = 4 << 20;
 /// Chunks that wait in a channel at most.
 pub const CHANNEL_CHUNKS: usize = 4;
 
@@ -315,7 +312,8 @@ where
     (receiver, handle)
 }
 
-/// Compresses what `produce` writes into memory, on this thread; with it, the identity of the compressed bytes.
+/// Compresses what `produce` writes, about `most` bytes at most, into memory, on this thread; with it, the identity of
+/// the compressed bytes.
 ///
 /// The plain bytes aren't hashed: that would cost half as much again as compressing them.
 ///
@@ -325,12 +323,12 @@ where
 ///
 /// # Errors
 /// What `produce` fails with.
-pub fn compress_whole<F>(level: i32, produce: F) -> Result<(Vec<u8>, ContentId), Failure>
+pub fn compress_whole<F>(level: i32, most: usize, produce: F) -> Result<(Vec<u8>, ContentId), Failure>
 where
     F: FnOnce(&mut dyn Write) -> Result<(), Failure>,
 {
     let failed = |error: io::Error| Failure::io("compressing", &error);
-    let mut frames = FrameWriter::new(level).map_err(failed)?;
+    let mut frames = FrameWriter::new(level, most).map_err(failed)?;
     produce(&mut frames)?;
     if frames.compressed.is_empty() {
         // Nothing is a frame, too: no bytes at all would look like a cut file.
@@ -338,6 +336,8 @@ where
     }
     COMPRESSOR.set(Some((level, frames.compressor)));
     let stored = ContentId::of(&frames.compressed);
+    // It waits to be sent, and others are compressed meanwhile.
+    frames.compressed.shrink_to_fit();
     Ok((frames.compressed, stored))
 }
 
@@ -353,7 +353,7 @@ struct FrameWriter {
 }
 
 impl FrameWriter {
-    fn new(level: i32) -> io::Result<FrameWriter> {
+    fn new(level: i32, most: usize) -> io::Result<FrameWriter> {
         let compressor = match COMPRESSOR.take() {
             Some((of, compressor)) if of == level => compressor,
             _ => {
@@ -362,7 +362,11 @@ impl FrameWriter {
                 compressor
             }
         };
-        Ok(FrameWriter { compressor, compressed: Vec::with_capacity(WHOLE_BUFFER) })
+        // All that it may take at once: what isn't touched costs nothing, and growing would hold the old and the new buffer,
+        // of megabytes each, at each step.
+        let frames = most.div_ceil(FRAME).max(1);
+        let capacity = frames * zstd::zstd_safe::compress_bound(most.clamp(1, FRAME));
+        Ok(FrameWriter { compressor, compressed: Vec::with_capacity(capacity) })
     }
 
     fn add(&mut self, piece: &[u8]) -> io::Result<()> {
@@ -423,7 +427,7 @@ mod tests {
                         .try_for_each(|piece| out.write_all(piece))
                         .map_err(|e| Failure::io("writing", &e))
                 };
-                let (bytes, stored) = compress_whole(1, produce).unwrap();
+                let (bytes, stored) = compress_whole(1, length, produce).unwrap();
                 assert_eq!(stored, ContentId::of(&bytes));
                 assert!(zstd::decode_all(bytes.as_slice()).unwrap() == plain, "{length} {piece}");
                 let mut back = Vec::new();

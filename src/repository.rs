@@ -552,7 +552,7 @@ mod tests {
     async fn store(repository: &Repository, level: i32, plain: &[u8]) -> Result<Stored, Failure> {
         let key = repository.layout().wal(&"00000002.history".parse().unwrap());
         let produce = |out: &mut dyn Write| out.write_all(plain).map_err(|error| Failure::io("writing", &error));
-        let (bytes, stored) = codec::compress_whole(level, produce)?;
+        let (bytes, stored) = codec::compress_whole(level, plain.len(), produce)?;
         repository.store_compressed(&key, "the file", bytes, stored.sha256).await
     }
 

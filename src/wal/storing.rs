@@ -76,10 +76,11 @@ pub async fn store_whole(
 ) -> Outcome {
     let (key, name, level) = (repository.layout().wal(&check.name), check.name.to_string(), repository.level());
     let content = content(*check, source);
+    let most = usize::try_from(check.largest()).unwrap_or(SINGLE_REQUEST_BYTES);
     if check.largest() > SINGLE_REQUEST_BYTES as u64 {
         return repository.store_stream(&key, &name, codec::compress(level, content)).await.map(|(stored, _)| stored);
     }
-    let (bytes, stored) = tokio::task::spawn_blocking(move || codec::compress_whole(level, content)).await??;
+    let (bytes, stored) = tokio::task::spawn_blocking(move || codec::compress_whole(level, most, content)).await??;
     drop(turn);
     let unneeded = memory.num_permits().saturating_sub(mebibytes(bytes.len() as u64) as usize);
     drop(memory.split(unneeded));
