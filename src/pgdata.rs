@@ -281,6 +281,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_torn_control_file_is_read_again() {
+        let whole = include_bytes!("../crates/core/tests/fixtures/pg_control-15");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("global/pg_control");
+        fs::create_dir(directory.path().join("global")).unwrap();
+        fs::write(directory.path().join("PG_VERSION"), "15\n").unwrap();
+        let mut torn = *whole;
+        torn[100] ^= 1;
+        fs::write(&path, torn).unwrap();
+        let pgdata = DataDirectory::open(directory.path()).unwrap();
+        let failure = pgdata.control_bytes().unwrap_err();
+        assert_eq!(failure.code, Code::DataDirectory, "it stays torn");
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(CONTROL_FILE_PAUSE * 3);
+            use std::os::unix::fs::FileExt;
+            fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(whole, 0).unwrap();
+        });
+        assert!(pgdata.control_bytes().unwrap().0 == whole);
+        writer.join().unwrap();
+    }
+
+    #[test]
     fn the_state_of_a_server_is_read_from_its_pid_file() {
         let file = |address: &str, state: &str| {
             ServerState::parse(&format!("71\n/data\n1763714000\n5433\n/tmp\n{address}\n  12 34\n{state}\n"))

@@ -5,6 +5,7 @@
 //! acknowledged file is there, identical (I1), and other content under its name is refused (I2).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
+mod backups;
 mod support;
 mod sweep;
 
@@ -468,6 +469,11 @@ async fn make_backup(world: &World) {
         writer: "a test".to_owned(),
     };
     repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await.unwrap();
+    store_wal(world).await;
+}
+
+/// The segment that the backups here need.
+async fn store_wal(world: &World) {
     let archiver = Archiver::default();
     let (name, bytes) = segment(1, 7, 1);
     archiver.archive_body(&world.origin(name), name, body(&bytes), None).await.unwrap();

@@ -9,10 +9,13 @@ use std::{
 
 use rustix::fs::{Advice, fadvise};
 
-use crate::support::{
-    Postgres, Repository, Scratch, Sidecar,
-    restoring::{archiving_configured, back_up, ship_wal},
-    run, told, wait_until,
+use crate::{
+    chains::{SUMMARIZED, take},
+    support::{
+        Postgres, Repository, Scratch, Sidecar,
+        restoring::{AS_A_COPY, archiving_configured, back_up, restore, restored, ship_wal},
+        run, told, wait_until,
+    },
 };
 
 const SMALL_WAL: &[&str] = &["--wal-segsize=1"];
@@ -162,7 +165,7 @@ fn databases_and_their_load_go_on_in_the_middle_of_a_slow_backup_pg15() {
     }
     assert!(create.wait_with_output().unwrap().status.success());
     ship_wal(&postgres);
-    let copy = crate::support::restoring::restored(&scratch, &sidecar, 15, "copy", &[]);
+    let copy = restored(&scratch, &sidecar, 15, "copy", &[]);
     for sql in [
         "SELECT count(*), sum(n) FROM t",
         "SELECT count(*) FROM shrinks",
@@ -172,4 +175,43 @@ fn databases_and_their_load_go_on_in_the_middle_of_a_slow_backup_pg15() {
         assert_eq!(copy.sql(sql), postgres.sql(sql), "{sql}");
     }
     run(copy.client("pg_amcheck").args(["--install-missing", "--heapallindexed"]));
+}
+
+/// A relation in two files, of which the second is changed, shortened and grows again.
+#[test]
+fn a_relation_of_more_than_a_gigabyte_is_whole_in_a_chain_pg17() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (postgres, sidecar) = archiving_configured(&scratch, 17, &["--data-checksums"], &repository, SUMMARIZED);
+    // A row to a page, most of which stays empty: 131,072 pages are a file's.
+    postgres.sql("CREATE TABLE big (n int, t text) WITH (fillfactor = 10)");
+    postgres.sql("ALTER TABLE big ALTER t SET STORAGE PLAIN");
+    postgres.sql("INSERT INTO big SELECT n, repeat('x', 700) FROM generate_series(1, 131500) n");
+    // Otherwise the first to read it marks each row as committed, and so changes every page.
+    postgres.sql("VACUUM (FREEZE) big");
+    let path = postgres.sql("SELECT pg_relation_filepath('big')");
+    let second = postgres.data.join(format!("{path}.1"));
+    assert!(second.exists(), "it has {} pages", postgres.sql("SELECT pg_relation_size('big') / 8192"));
+    take(&sidecar, "full");
+    postgres.sql("UPDATE big SET t = repeat('y', 600) WHERE n IN (7, 131100, 131499)");
+    let first = take(&sidecar, "incremental");
+    let record = sidecar.json(&["backup", "show", &first]);
+    let stored: u64 = record["parts"].as_array().unwrap().iter().map(|part| part["file_bytes"].as_u64().unwrap()).sum();
+    assert!(stored < 64 << 20, "{stored}");
+    assert!(record["restored_bytes"].as_u64().unwrap() > 1 << 30, "{record}");
+    // The second file goes, and comes again.
+    postgres.sql("DELETE FROM big WHERE ctid >= '(130000,0)'");
+    postgres.sql("VACUUM (TRUNCATE) big");
+    postgres.sql("INSERT INTO big SELECT n, repeat('z', 700) FROM generate_series(200001, 202000) n");
+    assert!(fs::metadata(&second).unwrap().len() > 0);
+    take(&sidecar, "incremental");
+    ship_wal(&postgres);
+    let to = restore(&scratch, &sidecar, "copy", &[]);
+    run(postgres.client("pg_verifybackup").arg("-n").arg(&to));
+    let mut copy = Postgres::on(&scratch, to, 17);
+    copy.spawn(AS_A_COPY);
+    copy.wait_for_promotion();
+    let sum = "SELECT count(*), sum(n), count(DISTINCT left(t, 1)), pg_relation_size('big') FROM big";
+    assert_eq!(copy.sql(sum), postgres.sql(sum));
+    assert_eq!(sidecar.json(&["backup", "list"]).as_array().unwrap().len(), 3);
 }

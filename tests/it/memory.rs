@@ -21,7 +21,7 @@ use crate::support::{Postgres, Repository, Scratch, Sidecar, give_to_servers, wa
 const LIMIT: u64 = 128 << 20;
 const LARGE_FILES: usize = 4;
 const LARGE_FILE_BYTES: usize = 75 << 20;
-const SMALL_FILES: usize = 20_000;
+const SMALL_FILES: usize = 100_000;
 
 /// The peaks of a process, sampled while it runs.
 struct Watch {
@@ -126,7 +126,7 @@ fn bounded(repository: impl FnOnce(&Scratch) -> Repository) {
     let restoring = Watch::over(restore.id());
     finish(restore, &log);
     restoring.check("the restore");
-    for name in ["large-0", "small/a-file-with-a-name-of-some-length-19999"] {
+    for name in ["large-0", "small/a-file-with-a-name-of-some-length-99999"] {
         assert!(fs::read(to.join(name)).unwrap() == fs::read(postgres.data.join(name)).unwrap(), "{name}");
     }
     assert_eq!(fs::read_dir(to.join("small")).unwrap().count(), SMALL_FILES);

@@ -1,0 +1,177 @@
+//! A base backup's files on a store that fails at each call: what is listed restores, and nothing else is listed.
+//!
+//! What a backup asks PostgreSQL for isn't here (`tests/it/crash.rs`, `tests/it/outage.rs`); all that it does with the store
+//! is: parts and lists in threads of their own, the look whether all is there, and the commit marker.
+
+use std::sync::Arc;
+
+use pgsidecar::{
+    backup::{
+        listing::Listing,
+        pack::{Effort, LastFile, Packer, PageRule, Source},
+        progress::Progress,
+    },
+    failure::Failure,
+    store::fault::Operation,
+};
+use pgsidecar_core::{
+    BackupId, BackupKind, BackupRecord, Lsn, TimelineId,
+    backup::BACKUP_FORMAT,
+    backup_manifest::{ManifestVersion, ManifestWriter, WalRange},
+    layout::{BackupObject, RepositoryObject},
+};
+
+use super::{FAULTS, check_restored, noise, restore_it, support::World};
+
+/// Large enough that its part is written in several pieces.
+const LARGE: usize = 2 << 20;
+
+fn make_files(world: &World) {
+    let root = world.pgdata.path();
+    std::fs::create_dir_all(root.join("base/1")).unwrap();
+    std::fs::write(root.join("base/1/1259"), noise(700_000, 1)).unwrap();
+    std::fs::write(root.join("base/1/1260"), noise(300_000, 2)).unwrap();
+    std::fs::write(root.join("base/1/1261"), noise(LARGE, 3)).unwrap();
+    for n in 0..50 {
+        std::fs::write(root.join(format!("base/1/{}", 2000 + n)), noise(1000, n)).unwrap();
+    }
+    std::fs::write(root.join("postgresql.conf"), "").unwrap();
+}
+
+/// All that a full backup does with the store.
+async fn back_up(world: &World, second: i64) -> Result<BackupRecord, Failure> {
+    let repository = world.repository.clone();
+    let control = world.control();
+    let began = "2026-11-21T06:15:00Z".parse::<jiff::Timestamp>().unwrap();
+    let began = jiff::Timestamp::from_second(began.as_second() + second).unwrap();
+    let id = BackupId::new(began, BackupKind::Full);
+    let source = Source {
+        root: world.pgdata.path().to_owned(),
+        major: 15,
+        tablespace_directory: "PG_15_202209061".to_owned(),
+        pages: PageRule { checked: false, backup_start: Lsn::INVALID, segment_blocks: 131_072 },
+        base: None,
+    };
+    let effort = Effort { parallelism: 2, part_size: 1 << 20 };
+    let packer = Packer::new(repository.clone(), id, source, effort, Arc::new(Progress::default()));
+    let manifest = ManifestWriter::new(ManifestVersion::V1, control.system_identifier);
+    let mut listing = Listing::start(&tokio::runtime::Handle::current(), &repository, id, manifest)?;
+    let (start_lsn, stop_lsn) = ("0/700028".parse().unwrap(), "0/700100".parse().unwrap());
+    let root = world.pgdata.path().to_owned();
+    let packed = tokio::task::spawn_blocking(move || {
+        let (mut parts, _) = packer.pack(&mut listing)?;
+        let content = |path| std::fs::read(root.join(path)).unwrap();
+        let last = [
+            LastFile { path: "backup_label", content: b"label".to_vec() },
+            LastFile { path: "global/pg_control", content: content("global/pg_control") },
+            LastFile { path: "PG_VERSION", content: content("PG_VERSION") },
+        ];
+        parts.push(packer.pack_last(&last, &mut listing)?);
+        let wal = [WalRange { timeline: TimelineId::FIRST, start: start_lsn, end: stop_lsn }];
+        Ok::<_, Failure>((parts, listing.finish(&wal)?))
+    });
+    let (parts, listed) = packed.await??;
+    let record = BackupRecord {
+        format: BACKUP_FORMAT,
+        id,
+        parent: None,
+        system_identifier: control.system_identifier,
+        server_version: 150_000,
+        timeline: TimelineId::FIRST,
+        start_lsn,
+        stop_lsn,
+        started_at: began,
+        stopped_at: began,
+        next_xid_at_stop: 800,
+        from_standby: false,
+        wal_segment_size: control.wal_segment_size,
+        block_size: control.block_size,
+        data_checksums: false,
+        tablespaces: Vec::new(),
+        parts,
+        manifest: listed.manifest,
+        index: listed.index,
+        files: listed.files,
+        restored_bytes: listed.restored_bytes,
+        damaged: Vec::new(),
+        warnings: Vec::new(),
+        writer: "a test".to_owned(),
+    };
+    pgsidecar::backup::complete::check_parts(&repository, &record).await?;
+    repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await?;
+    Ok(record)
+}
+
+/// What is listed restores to what was there.
+async fn check_all_listed(world: &World) -> usize {
+    let backups = world.repository.backups().await.unwrap();
+    if !backups.is_empty() {
+        restore_it(world).await.unwrap();
+        check_restored(world);
+        let to = world.directory().join("restored");
+        assert!(std::fs::read(to.join("base/1/1261")).unwrap() == noise(LARGE, 3));
+        std::fs::remove_dir_all(to).unwrap();
+    }
+    backups.len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_with_a_fault_at_each_call_is_whole_or_not_listed() {
+    let (mut met, mut failed, mut survived) = (0, 0, 0);
+    for operation in [Operation::Create, Operation::Begin, Operation::Write, Operation::Finish, Operation::List] {
+        for fault in FAULTS {
+            for nth in 1.. {
+                assert!(nth < 200);
+                let world = World::new();
+                make_files(&world);
+                super::store_wal(&world).await;
+                world.plan.clone().on_nth(nth, operation, "backups/", fault);
+                let taken = back_up(&world, 0).await;
+                let was_met = world.plan.injected() > 0;
+                world.plan.heal();
+                let listed = check_all_listed(&world).await;
+                match taken {
+                    Ok(_) => assert_eq!(listed, 1, "{operation:?} {nth} {fault:?}"),
+                    // That it was stored and the answer was lost can't be told from here.
+                    Err(failure) => {
+                        assert!(was_met, "{failure}");
+                        failed += 1;
+                    }
+                }
+                if !was_met {
+                    break;
+                }
+                met += 1;
+                survived += usize::from(listed == 1);
+                // The next one, with another id, is whole.
+                if nth == 1 {
+                    back_up(&world, 1).await.unwrap();
+                    assert_eq!(check_all_listed(&world).await, listed + 1);
+                }
+                // Writes are many and alike.
+                if operation == Operation::Write && nth > 12 {
+                    break;
+                }
+            }
+        }
+    }
+    // Of these, those whose record was stored and only the answer lost.
+    assert!(met > 30 && failed > 30 && survived >= 1, "{met} {failed} {survived}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_fails_at_random_what_is_listed_restores() {
+    let first = std::env::var("PGSIDECAR_TEST_SEED").ok().map(|seed| seed.parse().unwrap());
+    let mut listed = 0;
+    for seed in first.map_or(0..12, |seed: u64| seed..seed + 1) {
+        let world = World::random(seed, 0.02, 0.02);
+        make_files(&world);
+        for second in 0..3 {
+            let _ = back_up(&world, second).await;
+        }
+        world.plan.heal();
+        super::store_wal(&world).await;
+        listed += check_all_listed(&world).await;
+    }
+    assert!(first.is_some() || listed > 3, "{listed}");
+}
