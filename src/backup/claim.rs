@@ -20,8 +20,9 @@ const CLAIM_TRIES: i64 = 10;
 /// The second of the last id that this process has claimed.
 static LAST_CLAIMED: AtomicI64 = AtomicI64::new(0);
 
-/// Claims an id: that of this second, or of one of the next if another took it. One that was there before and has been
-/// removed is never used again: stores and their caches may still know something under its keys.
+/// Claims an id: that of this second, or of one of the next if another took it. It comes after that of `after`, whatever
+/// the clock says: the parent, or one that was there before and has been removed, because stores and their caches may still
+/// know something under its keys.
 ///
 /// # Errors
 /// The store's; [`Code::Busy`] if others take one each second.
@@ -29,9 +30,9 @@ pub async fn claim(
     repository: &Repository,
     instance: &str,
     kind: BackupKind,
-    removed: Option<BackupId>,
+    after: Option<BackupId>,
 ) -> Result<BackupId, Failure> {
-    let used = removed.map_or(0, |id| id.began().as_second()).max(LAST_CLAIMED.load(Relaxed));
+    let used = after.map_or(0, |id| id.began().as_second()).max(LAST_CLAIMED.load(Relaxed));
     let now = Timestamp::now();
     let now = Timestamp::from_second(now.as_second().max(used + 1)).unwrap_or(now);
     let attempt = format!("{}-{}", std::process::id(), Timestamp::now().as_nanosecond());
@@ -69,6 +70,10 @@ pub async fn remove_remains(repository: &Repository, instance: &str) -> Option<B
     match remains.await {
         Ok(remains) => {
             for id in &remains {
+                // It may have become a backup while the others were removed.
+                if !matches!(repository.backup(*id).await, Ok(None)) {
+                    continue;
+                }
                 tracing::info!(backup = %id, "removing the remains of a backup that was not completed");
                 remove(repository, *id).await;
             }

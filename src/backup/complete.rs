@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use pgsidecar_core::{
     ArchiveFileName, BackupRecord, ObjectKey, SegmentName, TimelineHistory, TimelineId, WalSegmentSize,
-    backup_manifest::WalRange, layout::BackupObject, plan::WalScan,
+    backup_manifest::WalRange, chain, layout::BackupObject, plan::WalScan,
 };
 
 use crate::{
@@ -153,6 +153,20 @@ pub async fn check_parts(repository: &Repository, record: &BackupRecord) -> Resu
         None => Ok(()),
         Some(key) => Err(Failure::new(Code::Damaged, format!("{key} was stored, and isn't there any more as it was"))
             .hint("Find out who deletes or changes objects in the repository, then take the backup again.")),
+    }
+}
+
+/// Looks once more for what an incremental backup builds on: it may have been removed meanwhile.
+///
+/// # Errors
+/// The store's; [`Code::Damaged`] with what isn't there.
+pub async fn check_chain(repository: &Repository, record: &BackupRecord) -> Result<(), Failure> {
+    if record.parent.is_none() {
+        return Ok(());
+    }
+    match chain::chain(record, &repository.backups().await?) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Failure::new(Code::Damaged, error.to_string()).hint("Take the backup again.")),
     }
 }
 

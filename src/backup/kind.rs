@@ -44,7 +44,8 @@ pub async fn choose(
 ) -> Result<Choice, Failure> {
     let backups = if wanted == BackupType::Full { Vec::new() } else { repository.backups().await? };
     let history = history(repository, pgdata).await?;
-    let server = Server { major: server.major(), summarizes: server.summarize_wal, history };
+    let data_checksums = pgdata.control()?.data_checksums;
+    let server = Server { major: server.major(), summarizes: server.summarize_wal, data_checksums, history };
     let choose = |broken: &[BackupId]| {
         chain::choose(wanted, &backups, broken, &server, settings.longest_chain).map_err(|error| {
             Failure::new(Code::InvalidRequest, error.to_string())

@@ -45,7 +45,7 @@ use tokio::runtime::Handle;
 
 use self::{
     claim::{claim, remove, remove_remains},
-    complete::{WalNeed, check_parts, wait_for_wal},
+    complete::{WalNeed, check_chain, check_parts, wait_for_wal},
     kind::Basis,
     listing::Listing,
     pack::{Effort, LastFile, Packer, PageRule, Source},
@@ -118,7 +118,8 @@ pub async fn create(
     let start = progress.unless_cancelled(session.backup_start(&request.label, request.fast)).await?;
     progress.enter(Phase::Summaries);
     let basis = progress.unless_cancelled(kind::found(repository, pgdata, choice, request.wanted, start.lsn)).await?;
-    let id = claim(repository, &settings.instance, basis.choice.kind, removed).await?;
+    let after = removed.max(basis.parent.as_ref().map(|parent| parent.id));
+    let id = claim(repository, &settings.instance, basis.choice.kind, after).await?;
     tracing::info!(backup = %id, start_lsn = %start.lsn, "base backup: reading files");
     progress.enter(Phase::Reading);
     let taking = Taking { repository, pgdata, settings, id, control, start, progress: progress.clone() };
@@ -286,6 +287,7 @@ impl Taking<'_> {
         let need = WalNeed::of(&record);
         progress.unless_cancelled(wait_for_wal(repository, pgdata, &need, settings.backup_wal_timeout)).await?;
         check_parts(repository, &record).await?;
+        check_chain(repository, &record).await?;
         // From here on nothing may be removed: that the record was stored can't be ruled out any more.
         progress.committing.store(true, Relaxed);
         repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await?;

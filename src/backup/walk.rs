@@ -11,8 +11,8 @@ use std::{
 };
 
 use pgsidecar_core::data_directory::{
-    Fork, Treatment, empty_wal_subdirectories, is_relation_directory, relation_file, skip_as_unlogged, treat_directory,
-    treat_file,
+    Fork, RelationFile, Treatment, empty_wal_subdirectories, is_relation_directory, relation_file, skip_as_unlogged,
+    treat_directory, treat_file,
 };
 
 use super::pack::Source;
@@ -72,6 +72,11 @@ fn unless_vanished<T>(result: io::Result<T>, what: &Path) -> Result<Option<T>, F
     }
 }
 
+/// Whether the relation has an init fork by now: one that was made unlogged since the directory was listed.
+fn is_unlogged(location: &Path, file: &RelationFile) -> bool {
+    fs::symlink_metadata(location.join(format!("{}_init", file.number))).is_ok()
+}
+
 impl Walk<'_> {
     /// Walks one directory: `path` is its name in the backup, `location` where it is.
     fn directory(&mut self, path: &Path, location: &Path) -> Result<(), Failure> {
@@ -84,7 +89,7 @@ impl Walk<'_> {
             let name = entry.file_name();
             if is_relation_directory
                 && let Some(file) = relation_file(&name.to_string_lossy())
-                && skip_as_unlogged(&file, unlogged.contains(&file.number))
+                && skip_as_unlogged(&file, unlogged.contains(&file.number) || is_unlogged(location, &file))
             {
                 continue;
             }

@@ -265,3 +265,25 @@ fn of_postgres_15_there_are_full_backups_only_pg15() {
     let auto = sidecar.json(&["backup", "create", "--fast"]);
     assert!(auto["id"].as_str().unwrap().ends_with("-full"), "{auto}");
 }
+
+/// Every page changes then, and no WAL tells of it.
+#[test]
+fn after_checksums_were_turned_on_the_next_backup_is_a_full_one_pg17() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (mut postgres, sidecar) = archiving_configured(&scratch, 17, SMALL_WAL, &repository, SUMMARIZED);
+    rows(&postgres);
+    take(&sidecar, "full");
+    postgres.stop("fast");
+    run(postgres.client("pg_checksums").arg("--enable").arg("-D").arg(&postgres.data));
+    postgres.start(&[]);
+    change(&postgres);
+    let said = sidecar.ok(&["backup", "create", "--dry-run"]);
+    assert!(said.contains("page checksums were turned on or off"), "{said}");
+    let id = sidecar.json(&["backup", "create", "--fast", "--type", "incremental"])["id"].as_str().unwrap().to_owned();
+    assert!(id.ends_with("-full"), "{id}");
+    take(&sidecar, "incremental");
+    ship_wal(&postgres);
+    let copy = restored(&scratch, &sidecar, 17, "copy", &[]);
+    run(copy.client("pg_amcheck").args(["--install-missing", "--heapallindexed"]));
+}

@@ -6,7 +6,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BackupId, BackupKind, BackupRecord, ParseIdError, TimelineHistory};
+use crate::{BackupId, BackupKind, BackupRecord, Lsn, ParseIdError, TimelineHistory};
 
 /// PostgreSQL summarizes its WAL, and has a format for incremental backups, from this version on.
 pub const FIRST_MAJOR: u32 = 17;
@@ -102,6 +102,8 @@ pub struct Server {
     pub major: u32,
     /// Whether it summarizes its WAL (`summarize_wal`).
     pub summarizes: bool,
+    /// Whether its pages carry checksums. `pg_checksums` changes that, and every page with it, without any WAL.
+    pub data_checksums: bool,
     /// The way to the timeline on which it is.
     pub history: TimelineHistory,
 }
@@ -170,9 +172,9 @@ pub fn choose(
     let candidates = backups.iter().filter(on_our_way);
     let newest = match wanted {
         BackupType::Differential => {
-            candidates.filter(|backup| backup.id.kind() == BackupKind::Full).max_by_key(|backup| backup.id)
+            candidates.filter(|backup| backup.id.kind() == BackupKind::Full).max_by_key(|backup| position(backup))
         }
-        _ => candidates.max_by_key(|backup| backup.id),
+        _ => candidates.max_by_key(|backup| position(backup)),
     };
     let Some(parent) = newest else {
         return full(match backups.is_empty() {
@@ -187,12 +189,24 @@ pub fn choose(
     if let Some(link) = chain.iter().find(|link| broken.contains(&link.id)) {
         return full(format!("of backup {}, on which it would build, something is missing", link.id));
     }
+    if let Some(link) = chain.iter().find(|link| link.data_checksums != server.data_checksums) {
+        return full(format!("page checksums were turned on or off since backup {}", link.id));
+    }
+    // What has been repaired since would come back from there: no WAL tells of it.
+    if let Some(link) = chain.iter().find(|link| !link.damaged.is_empty()) {
+        return full(format!("backup {}, on which it would build, holds damaged pages", link.id));
+    }
     if chain.len() >= longest_chain {
         return full(format!("the last chain has {} backups, and may have {longest_chain}", chain.len()));
     }
     let kind = if wanted == BackupType::Differential { BackupKind::Differential } else { BackupKind::Incremental };
     let because = format!("it builds on {}, and is the {} of its chain", parent.id, ordinal(chain.len() + 1));
     Ok(Choice { parent: Some(parent.id), kind, because, falls_back: false })
+}
+
+/// Which of two backups on one way is the later one: clocks go wrong, the WAL doesn't.
+fn position(backup: &BackupRecord) -> (Lsn, BackupId) {
+    (backup.stop_lsn, backup.id)
 }
 
 fn ordinal(number: usize) -> String {
@@ -211,11 +225,12 @@ mod tests {
     use super::*;
     use crate::{
         TimelineId,
+        backup::DamagedFile,
         plan::tests::{backup, history, lsn},
     };
 
     fn server() -> Server {
-        Server { major: 17, summarizes: true, history: TimelineHistory::first(TimelineId::FIRST) }
+        Server { major: 17, summarizes: true, data_checksums: true, history: TimelineHistory::first(TimelineId::FIRST) }
     }
 
     fn full(start: u64) -> BackupRecord {
@@ -270,6 +285,30 @@ mod tests {
         assert_eq!(choose(BackupType::Auto, &both, &[], &promoted, 4).unwrap().parent, Some(first.id));
         let other_major = Server { major: 18, ..server() };
         is_full(&choose(BackupType::Auto, &both, &[], &other_major, 4).unwrap(), "no earlier backup", false);
+    }
+
+    #[test]
+    fn nothing_is_built_on_pages_that_changed_without_wal_or_were_damaged() {
+        let first = full(100);
+        let second = on(&first, BackupKind::Incremental, 200);
+        let off = Server { data_checksums: false, ..server() };
+        let both = [first.clone(), second.clone()];
+        is_full(&choose(BackupType::Auto, &both, &[], &off, 4).unwrap(), "checksums were turned on or off", false);
+        // Off and on again: the parent itself fits.
+        let between = [BackupRecord { data_checksums: false, ..first.clone() }, second.clone()];
+        is_full(&chosen(BackupType::Incremental, &between), &format!("since backup {}", first.id), true);
+        let damage = DamagedFile { path: "base/5/16384".into(), relation: None, blocks: vec![1], count: 1 };
+        let damaged = [BackupRecord { damaged: vec![damage], ..first.clone() }, second];
+        is_full(&chosen(BackupType::Auto, &damaged), "holds damaged pages", false);
+    }
+
+    #[test]
+    fn the_later_backup_is_told_by_the_wal_not_by_a_clock() {
+        let first = full(100);
+        // Taken later by a clock that was behind.
+        let id = BackupId::new(full(50).id.began(), BackupKind::Full);
+        let second = BackupRecord { id, ..full(200) };
+        assert_eq!(chosen(BackupType::Auto, &[first, second]).parent, Some(id));
     }
 
     #[test]
