@@ -129,11 +129,10 @@ const DDL: &str = "i=10; until [ -e stop ]; do i=$((i+1))
   echo $i >rounds
 done";
 
-#[test]
-fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not_pg17() {
+fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not(major: u32) {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let (postgres, mut sidecar) = archiving_configured(&scratch, 17, &[], &repository, &["work_mem = '64kB'"]);
+    let (postgres, mut sidecar) = archiving_configured(&scratch, major, &[], &repository, &["work_mem = '64kB'"]);
     sidecar.stop();
     sidecar.set("PGSIDECAR_PART_SIZE", "8MB");
     sidecar.start();
@@ -156,7 +155,7 @@ fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_n
     });
     let pgbench = Background::start(postgres.client("pgbench").args(["-n", "-c", "2", "-T", "600"]));
     let mut bash = command("bash");
-    bash.args(["-c", DDL]).env("PATH", path_with(17)).current_dir(&postgres.socket);
+    bash.args(["-c", DDL]).env("PATH", path_with(major)).current_dir(&postgres.socket);
     bash.env("PGHOST", &postgres.socket).env("PGUSER", "postgres").env("PGDATABASE", "postgres");
     let mut ddl = Background::start(&mut bash);
     let rounds = || fs::read_to_string(postgres.socket.join("rounds")).ok().and_then(|n| n.trim().parse::<u32>().ok());
@@ -189,7 +188,7 @@ fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_n
 
     let to = restore(&scratch, &sidecar, "restored", &[]);
     verified(&postgres, &to, &[]);
-    let mut copy = Postgres::on(&scratch, to, 17);
+    let mut copy = Postgres::on(&scratch, to, major);
     copy.spawn(AS_A_COPY);
     copy.wait_for_promotion();
     let sums = "SELECT (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(tbalance) FROM pgbench_tellers), \
@@ -205,6 +204,16 @@ fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_n
         assert_eq!(copy.sql(sql), postgres.sql(sql), "the same {what}");
     }
     run(copy.client("pg_amcheck").args(["--install-missing", "--heapallindexed"]));
+}
+
+#[test]
+fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not_pg15() {
+    a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not(15);
+}
+
+#[test]
+fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not_pg17() {
+    a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not(17);
 }
 
 fn path_with(major: u32) -> std::ffi::OsString {
