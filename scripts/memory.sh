@@ -24,7 +24,11 @@ cleanup() {
     for name in data restored; do
         [[ -d $WORK/$name ]] && run pg_ctl -D "$WORK/$name" -m immediate stop >/dev/null 2>&1
     done
-    for pid in "${PIDS[@]}"; do kill "$pid" 2>/dev/null && wait "$pid" 2>/dev/null; done
+    # What was started through `run` is the child of a subshell, which alone would be ended.
+    for pid in "${PIDS[@]}"; do
+        pkill -TERM -P "$pid" 2>/dev/null
+        kill "$pid" 2>/dev/null && wait "$pid" 2>/dev/null
+    done
     for group in "${CGROUPS[@]}"; do rmdir "$group" 2>/dev/null; done
     if [[ $status -eq 0 ]]; then rm -rf "$WORK"; else echo "It failed; what is left is in $WORK" >&2; fi
     exit "$status"
