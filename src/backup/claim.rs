@@ -115,3 +115,25 @@ pub async fn remove(repository: &Repository, id: BackupId) {
         tracing::warn!(backup = %id, %error, "the remains of an incomplete backup could not be removed");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use pgsidecar_core::Layout;
+
+    use super::*;
+    use crate::store::MemoryStore;
+
+    #[tokio::test]
+    async fn an_id_comes_after_its_parent_s_whatever_the_clock_says() {
+        let layout = Layout::new("test/pg".parse().unwrap(), "7710543486334591142".parse().unwrap());
+        let repository = Repository::new(Arc::new(MemoryStore::new()), layout, 1);
+        let an_hour_ahead = Timestamp::from_second(Timestamp::now().as_second() + 3600).unwrap();
+        let parent = BackupId::new(an_hour_ahead, BackupKind::Full);
+        let first = claim(&repository, "pod", BackupKind::Incremental, Some(parent)).await.unwrap();
+        assert!(first > parent, "{first} {parent}");
+        let second = claim(&repository, "pod", BackupKind::Full, None).await.unwrap();
+        assert!(second > first, "{second} {first}");
+    }
+}
