@@ -4,11 +4,15 @@
 # They are held by RLIMIT_DATA (private writable memory) and, where a memory cgroup can be made (root, cgroup v1 or v2), by that as well:
 # there the page cache of what they read and write counts too, is reclaimed at the limit, and nothing may be killed.
 #
-#   SIZE_MB=2048 LIMIT_MB=128 STORE=s3|directory scripts/memory.sh
+# Of each row 1/COMPRESSIBLE is random, so that a large run (SIZE_MB=20480 COMPRESSIBLE=4) needs little more disk than the database twice; of
+# those, what is above the first 2 GB is loaded without WAL.
+#
+#   SIZE_MB=2048 COMPRESSIBLE=1 LIMIT_MB=128 STORE=s3|directory scripts/memory.sh
 source "$(dirname "$0")/lib.sh"
 
 SIZE_MB=${SIZE_MB:-2048}
 LIMIT_MB=${LIMIT_MB:-128}
+COMPRESSIBLE=${COMPRESSIBLE:-1}
 STORE=${STORE:-s3}
 BIN=$(pg_bin_15)
 [[ -x $BIN/initdb ]] || die "no PostgreSQL at $BIN: scripts/setup-postgres.sh installs it"
@@ -163,22 +167,44 @@ archive_command = '$WORK/bin/pgsidecar-wal --address $PGSIDECAR_WAL_LISTEN archi
 max_wal_size = 4GB
 fsync = off
 CONF
-run pg_ctl -D "$PGDATA" -w -l "$WORK/postgres.log" start >/dev/null
+# load TABLE MEGABYTES: rows of 8 kB into a table of its own. Where wal_level is minimal, a table that its own transaction makes needs no WAL.
+load() {
+    local row=$((8192 / COMPRESSIBLE)) chunk inserts=
+    for chunk in $(seq "$(($2 / 64))"); do
+        run head -c $((row * 8192)) /dev/urandom >"$WORK/random.$chunk"
+        chmod 644 "$WORK/random.$chunk"
+        inserts+="INSERT INTO $1 SELECT n, repeat_bytes(pg_read_binary_file('$WORK/random.$chunk', n * $row, $row)) FROM generate_series(0, 8191) n;"
+    done
+    sql live "BEGIN; CREATE TABLE $1 (n int, b bytea); ALTER TABLE $1 ALTER b SET STORAGE EXTERNAL; $inserts COMMIT"
+    rm "$WORK"/random.*
+}
+start() { run pg_ctl -D "$PGDATA" -w -t 300 -l "$WORK/postgres.log" "$@" start >/dev/null; }
+
+log "writing a database of $SIZE_MB MB"
+start -o "-c wal_level=minimal -c archive_mode=off -c max_wal_senders=0"
+# What is repeated is the whole row, each time: zstd finds it within the 8 kB, PostgreSQL doesn't look (STORAGE EXTERNAL).
+sql live "CREATE FUNCTION repeat_bytes(bytea) RETURNS bytea LANGUAGE sql IMMUTABLE AS \$\$ SELECT $(printf '$1%.0s' 1; for _ in $(seq 2 "$COMPRESSIBLE"); do printf ' || $1'; done) \$\$"
+ARCHIVED_MB=$((SIZE_MB < 2048 ? SIZE_MB : 2048))
+TABLES=()
+for n in $(seq $(((SIZE_MB - ARCHIVED_MB) / 1024))); do
+    load "t$n" 1024
+    TABLES+=("t$n")
+done
+run pg_ctl -D "$PGDATA" -w -t 300 stop >/dev/null
+start
 limited daemon "$WORK/sidecar.log" "$WORK/bin/pgsidecar" run
 DAEMON=$LAST DAEMON_GROUP=$GROUP
 PIDS+=("$DAEMON")
 watch "$DAEMON" "$WORK/daemon.peak"
 wait_until 100 run pgsidecar status
 
-log "writing a database of $SIZE_MB MB that doesn't compress; its WAL is archived meanwhile"
-sql live "CREATE TABLE t (n int, b bytea); ALTER TABLE t ALTER b SET STORAGE EXTERNAL"
-for _ in $(seq $((SIZE_MB / 64))); do
-    run head -c 64M /dev/urandom >"$WORK/random"
-    chmod 644 "$WORK/random"
-    sql live "INSERT INTO t SELECT n, pg_read_binary_file('$WORK/random', n * 8192, 8192) FROM generate_series(0, 8191) n"
+log "writing its last $ARCHIVED_MB MB; their WAL is archived meanwhile"
+for n in $(seq $((ARCHIVED_MB / 256))); do
+    load "a$n" 256
+    TABLES+=("a$n")
 done
-rm "$WORK/random"
-EXPECTED=$(sql live "SELECT count(*), sum(hashtext(b::text)::bigint) FROM t")
+content() { for table in "${TABLES[@]}"; do sql "$1" "SELECT count(*), sum(hashtext(b::text)::bigint) FROM $table"; done; }
+EXPECTED=$(content live)
 archived() { [[ $(sql live "SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name LIKE '%.ready'") == 0 ]]; }
 wait_until 3000 archived
 echo "archiving  daemon:  $(figures "$WORK/daemon.peak")"
@@ -201,7 +227,7 @@ RESTORE_GROUP=$GROUP
 run postgres -D "$WORK/restored" -c archive_mode=off -c "unix_socket_directories=$WORK/side" >"$WORK/restored.log" 2>&1 &
 promoted() { [[ $(sql side "SELECT pg_is_in_recovery()") == f ]]; }
 wait_until 1200 promoted
-[[ $(sql side "SELECT count(*), sum(hashtext(b::text)::bigint) FROM t") == "$EXPECTED" ]] || die "the restored database differs"
+[[ $(content side) == "$EXPECTED" ]] || die "the restored database differs"
 echo "recovery   daemon:  $(figures "$WORK/daemon.peak")"
 kill -0 "$DAEMON" || die "the daemon did not survive"
 
