@@ -1,4 +1,4 @@
-//! Work that the daemon was asked for and that outlives the request: base backups.
+//! Work that the daemon was asked for and that outlives the request: base backups, restores.
 //!
 //! One job of a kind runs at a time. The last few are remembered, for whoever asks how they ended.
 
@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::{
-    backup::progress::{Phase, Progress},
     estimate::Estimate,
     failure::{Code, Failure},
+    progress::{Phase, Progress},
 };
 
 /// How many jobs are remembered.
@@ -39,11 +39,11 @@ pub enum Outcome {
 pub struct Snapshot {
     /// Its number.
     pub job: JobId,
-    /// What it does: `backup`.
+    /// What it does: `backup` or `restore`.
     pub kind: String,
     /// When it began.
     pub started_at: Timestamp,
-    /// Bytes of files read so far.
+    /// Bytes of files read or, by a restore, written so far.
     pub bytes: u64,
     /// About how many there will be; 0 while unknown.
     pub total_bytes: u64,
@@ -70,7 +70,7 @@ impl Job {
     /// How it stands.
     pub fn snapshot(&self) -> Snapshot {
         let (bytes, total_bytes) = (self.progress.bytes.load(Relaxed), self.progress.total_bytes.load(Relaxed));
-        let reading = self.progress.reading_for();
+        let moving = self.progress.moving_for();
         Snapshot {
             job: self.id,
             kind: self.kind.to_owned(),
@@ -79,7 +79,7 @@ impl Job {
             total_bytes,
             files: self.progress.files.load(Relaxed),
             phase: self.progress.phase(),
-            estimate: reading.and_then(|elapsed| Estimate::new(bytes, total_bytes, elapsed)),
+            estimate: moving.and_then(|elapsed| Estimate::new(bytes, total_bytes, elapsed)),
             outcome: self.outcome.borrow().clone(),
         }
     }

@@ -21,10 +21,9 @@ pub mod incremental;
 pub mod index;
 pub mod kind;
 pub mod listing;
-mod pace;
+pub mod pace;
 pub mod pack;
 pub mod part;
-pub mod progress;
 pub mod reading;
 pub mod verify;
 pub mod walk;
@@ -49,13 +48,13 @@ use self::{
     kind::Basis,
     listing::Listing,
     pack::{Effort, LastFile, Packer, PageRule, Source},
-    progress::{Phase, Progress},
 };
 use crate::{
     failure::{Code, Failure},
     histories,
     pgdata::DataDirectory,
     postgres::{BackupStart, BackupStop, Session},
+    progress::{Phase, Progress},
     repository::Repository,
     settings::WorkSettings,
 };

@@ -29,12 +29,12 @@ use super::{
     incremental::Base,
     listing::{Listing, Uploading},
     part::{FileEntry, PartWriter},
-    progress::{Progress, given_up},
     reading::{Content, LiveFile, PageCheck},
     walk::{Found, Item, walk},
 };
 use crate::{
     failure::{Code, Failure},
+    progress::{Progress, given_up},
     repository::Repository,
 };
 

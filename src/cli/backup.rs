@@ -15,15 +15,13 @@ use pgsidecar_core::{
 
 use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
 use crate::{
-    backup::{
-        progress::Phase,
-        verify::{Verification, VerifyProgress, verify},
-    },
+    backup::verify::{Verification, VerifyProgress, verify},
     client::Client,
     estimate::Estimate,
     failure::{Code, Failure},
     http::control::CreateBackup,
     jobs::{Outcome, Snapshot},
+    progress::Phase,
     settings::{Settings, parse_rate},
 };
 
@@ -214,6 +212,7 @@ fn show(shown: &mut Shown, job: &Snapshot) {
             shown.bytes(job.bytes, job.total_bytes, job.estimate, &format!("{} files", job.files));
         }
         Phase::Wal => shown.doing("waiting for the WAL to be archived"),
+        Phase::Writing => shown.bytes(job.bytes, job.total_bytes, job.estimate, ""),
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod backup;
 pub mod check;
+mod in_place;
 pub mod output;
 pub mod progress;
 pub mod restore;

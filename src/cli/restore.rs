@@ -2,25 +2,29 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     path::PathBuf,
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use clap::{Args, Subcommand};
 use pgsidecar_core::{
-    BackupId, BackupRecord, Lsn, SegmentName, SnapshotId, TimelineId,
+    BackupId, Lsn, SegmentName, SnapshotId, TimelineId,
     plan::{RestorePlan, RestoreRequest, SnapshotPlan},
     recovery::{RecoveryTarget, RestorePointName, TargetAction, parse_target_time},
 };
 
-use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
+use super::{
+    OutputArgs, SystemArgs,
+    in_place::{self, CleanArgs, UndoArgs},
+    open_repository, output,
+    progress::Shown,
+};
 use crate::{
     estimate::Estimate,
     failure::{Code, Failure},
     repository::Repository,
-    restore::{self, RestoreOptions, unpack::Progress},
+    restore::{self, RestoreOptions, default_restore_command, order::RestoreOrder, unpack::Progress},
     settings::Settings,
 };
 
@@ -29,8 +33,18 @@ use crate::{
 pub enum RestoreCommand {
     /// Show which backup and which WAL a restore would use; changes nothing
     Plan(PlanArgs),
-    /// Restore to a new directory
+    /// Restore: to a new directory, or in the place of the database that is there
     Run(RunArgs),
+    /// Carry out what was prepared with 'restore run --in-place' or 'restore undo'; no server may run
+    Switch(OutputArgs),
+    /// Prepare that what was there before the last restore in place comes back
+    Undo(UndoArgs),
+    /// Take back what is prepared
+    Cancel(OutputArgs),
+    /// Remove the databases that restores in place have kept
+    Clean(CleanArgs),
+    /// Show what is prepared, and what is kept
+    List(OutputArgs),
 }
 
 /// Where recovery is to end.
@@ -80,8 +94,12 @@ pub struct PlanArgs {
 pub struct RunArgs {
     /// Where to restore to: the absolute path of a directory that is empty or doesn't exist; with --from-snapshot, of the
     /// data directory in the snapshot's copy
-    #[arg(long, value_name = "DIR")]
-    to: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "in_place", conflicts_with = "in_place")]
+    to: Option<PathBuf>,
+    /// Restore beside the database in PGDATA, to take its place when PostgreSQL starts the next time; what is there now is
+    /// kept
+    #[arg(long, conflicts_with = "from_snapshot")]
+    in_place: bool,
     /// Put the tablespace of OLD into NEW; can be given several times
     #[arg(long, value_name = "OLD=NEW")]
     tablespace_mapping: Vec<String>,
@@ -104,6 +122,20 @@ pub struct RunArgs {
 }
 
 impl TargetArgs {
+    /// What the daemon is asked for.
+    fn order(&self, args: &RunArgs, tablespaces: BTreeMap<String, String>) -> Result<RestoreOrder, Failure> {
+        let RestoreRequest { target, timeline, backup } = self.request()?;
+        Ok(RestoreOrder {
+            target: target.into(),
+            timeline,
+            backup,
+            exclusive: args.target_exclusive,
+            action: args.target_action,
+            tablespaces,
+            restore_command: args.restore_command.clone(),
+        })
+    }
+
     fn request(&self) -> Result<RestoreRequest, Failure> {
         let target = if let Some(text) = &self.target_time {
             let time =
@@ -146,17 +178,24 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             if args.output.json { output::print_json(&plan) } else { print_plan(&plan, &repository) }
         }
         RestoreCommand::Run(args) => {
-            let request = args.target.request()?;
             let tablespaces = parse_mapping(&args.tablespace_mapping)?;
+            let Some(to) = &args.to else {
+                let order = args.target.order(&args, tablespaces)?;
+                return in_place::stage(settings, &order, &args.system, args.output).await;
+            };
+            let request = args.target.request()?;
             let repository = open_repository(work, &args.system).await?;
             let restore_command = match &args.restore_command {
                 Some(command) => command.clone(),
                 None => {
-                    default_restore_command(&work.helper, settings.process.wal_listen, &repository, &request.target)?
+                    // Everything that there is: also the end of the WAL that a stopped server had, and that is in no whole
+                    // segment.
+                    let tail = request.target == RecoveryTarget::Latest;
+                    default_restore_command(&work.helper, settings.process.wal_listen, &repository, tail)?
                 }
             };
             let options = RestoreOptions {
-                to: args.to.clone(),
+                to: to.clone(),
                 inclusive: !args.target_exclusive,
                 action: args.target_action,
                 tablespaces,
@@ -179,11 +218,7 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             if !args.output.json {
                 print_plan(&plan, &repository)?;
             }
-            let shown = show_progress(
-                progress.clone(),
-                plan.chain.iter().map(BackupRecord::plain_bytes).sum(),
-                args.output.json,
-            );
+            let shown = show_progress(progress.clone(), args.output.json);
             let restored = restore::run(&repository, &plan, &options, progress).await;
             shown.abort();
             let _ = shown.await;
@@ -193,6 +228,11 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             }
             print_restored(&options, &plan.target, plan.timeline)
         }
+        RestoreCommand::Switch(output) => in_place::switch(settings, output).await,
+        RestoreCommand::Undo(args) => in_place::undo(settings, args).await,
+        RestoreCommand::Cancel(output) => in_place::cancel(settings, output).await,
+        RestoreCommand::Clean(args) => in_place::clean(settings, args).await,
+        RestoreCommand::List(output) => in_place::list(settings, output).await,
     }
 }
 
@@ -218,36 +258,14 @@ fn parse_mapping(texts: &[String]) -> Result<BTreeMap<String, String>, Failure> 
     texts.iter().map(parse).collect()
 }
 
-/// The command that a restored server gets. It names the database system: the daemon may sit beside another one.
-fn default_restore_command(
-    helper: &std::path::Path,
-    address: SocketAddr,
-    repository: &Repository,
-    target: &RecoveryTarget,
-) -> Result<String, Failure> {
-    let helper = helper.display().to_string();
-    // PostgreSQL hands it to a shell, after replacing %; quoting everything that is special there isn't worth it.
-    if helper.contains(['"', '\\', '$', '`', '%', '\n', '\'']) {
-        return Err(Failure::new(
-            Code::Misconfigured,
-            format!("PGSIDECAR_HELPER: {helper:?} has characters that are special to a shell"),
-        )
-        .hint("Choose another place for it, or give the whole command with --restore-command."));
-    }
-    // Everything that there is: also the end of the WAL that a stopped server had, and that is in no whole segment.
-    let tail = if *target == RecoveryTarget::Latest { " --tail" } else { "" };
-    Ok(format!(
-        "\"{helper}\" --address {address} restore{tail} --system-identifier {} %f \"%p\"",
-        repository.layout().system()
-    ))
-}
-
-fn show_progress(progress: Arc<Progress>, total: u64, json: bool) -> tokio::task::JoinHandle<()> {
+/// Shows how far a restore is, until the task is aborted.
+pub fn show_progress(progress: Arc<Progress>, json: bool) -> tokio::task::JoinHandle<()> {
     tokio::spawn(async move {
-        let (mut shown, began) = (Shown::new(json), Instant::now());
+        let mut shown = Shown::new(json);
         loop {
-            let bytes = progress.bytes.load(Relaxed);
-            shown.bytes(bytes, total, Estimate::new(bytes, total, began.elapsed()), "");
+            let (bytes, total) = (progress.bytes.load(Relaxed), progress.total_bytes.load(Relaxed));
+            let estimate = progress.moving_for().and_then(|elapsed| Estimate::new(bytes, total, elapsed));
+            shown.bytes(bytes, total, estimate, "");
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     })

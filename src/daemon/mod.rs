@@ -11,6 +11,7 @@
 //! signal exits at once.
 
 mod fetching;
+pub mod restores;
 mod snapshots;
 mod status;
 
@@ -86,6 +87,7 @@ pub async fn open_store(settings: &WorkSettings) -> Arc<dyn Store> {
 /// What all requests share.
 pub struct App {
     work: Result<Work, Failure>,
+    process: ProcessSettings,
     jobs: Jobs,
     snapshots: Arc<Snapshots>,
     archiver: Arc<Archiver>,
@@ -130,6 +132,7 @@ impl App {
         };
         App {
             work,
+            process: settings.process.clone(),
             jobs: Jobs::default(),
             snapshots: Arc::default(),
             archiver: Arc::default(),

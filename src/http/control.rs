@@ -5,6 +5,11 @@
 //! POST /v1/backups/plan          the same: what kind of backup it would be, and why
 //! GET  /v1/backups               the backups in the repository
 //! GET  /v1/backups/{id}          one of them
+//! POST /v1/restores              a RestoreOrder: restores beside the database that is there, to take its place; 202 with the job
+//! GET  /v1/restores              what is prepared to take its place, and what is kept of earlier databases
+//! POST /v1/restores/undo         prepares that what was there before the last restore comes back
+//! DELETE /v1/restores/pending    takes back what is prepared
+//! DELETE /v1/restores/kept       removes what is kept
 //! GET  /v1/jobs/{id}             a job
 //! GET  /v1/jobs/{id}/events      the job twice a second until it has ended, a JSON object a line
 //! POST /v1/snapshots             {"label": …, "fast": …, "timeout_seconds": …}: begins a storage snapshot
@@ -103,6 +108,14 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
             let id = id.parse().map_err(|_| not_found(&format!("snapshot {id}")))?;
             Ok(json(StatusCode::OK, &app.abort_snapshot(id)?))
         }
+        (&Method::POST, ["v1", "restores"]) => {
+            let job = app.start_restore(read(request).await?)?;
+            Ok(json(StatusCode::ACCEPTED, &job.snapshot()))
+        }
+        (&Method::GET, ["v1", "restores"]) => Ok(json(StatusCode::OK, &app.restores().await?)),
+        (&Method::POST, ["v1", "restores", "undo"]) => Ok(json(StatusCode::OK, &app.undo_restore().await?)),
+        (&Method::DELETE, ["v1", "restores", "pending"]) => Ok(json(StatusCode::OK, &app.cancel_restore().await?)),
+        (&Method::DELETE, ["v1", "restores", "kept"]) => Ok(json(StatusCode::OK, &app.clean_restores().await?)),
         (&Method::GET, ["v1", "jobs", id, rest @ ..]) => {
             let job = id
                 .parse()

@@ -11,6 +11,7 @@ use std::{
 
 use pgsidecar_core::{BackupId, BackupRecord};
 
+use super::room;
 use crate::failure::{Code, Failure};
 
 /// Says that what is in the directory comes from a restore that isn't complete.
@@ -47,13 +48,15 @@ pub struct TargetDirectory {
 }
 
 impl TargetDirectory {
-    /// Checks that the directory and those of the tablespaces are absent or empty and have room, then claims them.
+    /// Checks that the directory and those of the tablespaces are absent or empty and have room for what is `needed` in
+    /// each, then claims them.
     ///
     /// # Errors
     /// [`Code::TargetDirectory`] with what is in the way. Nothing has been touched then.
     pub fn prepare(
         path: &Path,
         tablespaces: &BTreeMap<u32, PathBuf>,
+        needed: &[(PathBuf, u64)],
         backup: &BackupRecord,
     ) -> Result<TargetDirectory, Failure> {
         if !path.is_absolute() {
@@ -70,7 +73,7 @@ impl TargetDirectory {
                 .hint("Give the data directory and each tablespace a directory of its own, side by side."));
             }
         }
-        check_room(path, backup.restored_size())?;
+        room::check(needed)?;
         let mut directory = TargetDirectory {
             path: path.to_owned(),
             created: false,
@@ -339,27 +342,6 @@ fn check_free(path: &Path) -> Result<(), Failure> {
         return Ok(());
     }
     Err(refuse("is not empty"))
-}
-
-/// Whether the file system has room for what will be written.
-fn check_room(path: &Path, bytes: u64) -> Result<(), Failure> {
-    // The nearest directory that exists tells which file system it will be.
-    let Some(existing) = path.ancestors().find(|ancestor| ancestor.exists()) else { return Ok(()) };
-    let Ok(stat) = rustix::fs::statvfs(existing) else { return Ok(()) };
-    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    if free >= bytes {
-        return Ok(());
-    }
-    Err(Failure::new(
-        Code::TargetDirectory,
-        format!(
-            "{} has room for {} MB, and the backup needs {} MB; nothing was changed",
-            existing.display(),
-            free >> 20,
-            bytes >> 20
-        ),
-    )
-    .hint("Make room, or restore to another volume."))
 }
 
 /// Creates a directory if it isn't there; tells whether it did, and who is to own what comes into it.

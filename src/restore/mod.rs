@@ -23,22 +23,27 @@ mod chain;
 pub mod directory;
 mod layer;
 mod manifest;
+pub mod order;
 mod prune;
-mod running;
+mod room;
+pub(crate) mod running;
 pub mod snapshot;
 pub mod unpack;
 
 use std::{
     collections::BTreeMap,
-    fs,
-    os::unix::fs::symlink,
+    fs, io,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt, MetadataExt, symlink},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
 };
 
 use pgsidecar_core::{
+    BackupRecord,
     backup::TablespaceRecord,
     backup_label::TablespaceMap,
+    data_directory::empty_wal_subdirectories,
     plan::{RestorePlan, RestoreRequest, WalScan, select},
     recovery::{RecoverySettings, RecoveryTarget, TargetAction, rewrite_auto_conf},
 };
@@ -50,6 +55,7 @@ use self::{
 };
 use crate::{
     failure::{Code, Failure},
+    progress::Phase,
     repository::{Repository, damaged},
 };
 
@@ -68,6 +74,24 @@ pub struct RestoreOptions {
     pub restore_command: String,
     /// How many parts are read at a time.
     pub parallelism: usize,
+}
+
+/// Where things are written that lie elsewhere when PostgreSQL starts.
+#[derive(Clone, Debug, Default)]
+pub struct Staged {
+    /// The tablespaces' directories, by their OIDs, where they aren't written to their places.
+    pub tablespaces: BTreeMap<u32, PathBuf>,
+    /// Where WAL will lie, if not in the data directory.
+    pub wal: Option<StagedWal>,
+}
+
+/// WAL outside of the data directory.
+#[derive(Clone, Debug)]
+pub struct StagedWal {
+    /// What the link pg_wal leads to.
+    pub link: PathBuf,
+    /// The directory that is made, and will lie there.
+    pub written: PathBuf,
 }
 
 /// Plans a restore: which backup, which timeline, which WAL.
@@ -102,10 +126,30 @@ pub async fn run(
     options: &RestoreOptions,
     progress: Arc<Progress>,
 ) -> Result<(), Failure> {
+    run_staged(repository, plan, options, &Staged::default(), progress).await
+}
+
+/// The same, with some of it written to where it won't stay: what it's told by (links, `tablespace_map`) is as it will be.
+///
+/// # Errors
+/// As [`run`].
+///
+/// # Cancellation
+/// As [`run`].
+pub async fn run_staged(
+    repository: &Repository,
+    plan: &RestorePlan,
+    options: &RestoreOptions,
+    staged: &Staged,
+    progress: Arc<Progress>,
+) -> Result<(), Failure> {
     let backup = &plan.backup;
-    let tablespaces = tablespace_targets(&format!("backup {}", backup.id), &backup.tablespaces, &options.tablespaces)?;
-    let directory = TargetDirectory::prepare(&options.to, &tablespaces, backup)?;
-    let done = fill(repository, plan, options, &directory, &tablespaces, progress).await;
+    let places = Places::of(plan, options, staged)?;
+    let needed = room::needed(repository, plan, options, &places.written).await?;
+    let directory = TargetDirectory::prepare(&options.to, &places.written, &needed, backup)?;
+    progress.total_bytes.store(plan.chain.iter().map(BackupRecord::plain_bytes).sum(), Relaxed);
+    progress.enter(Phase::Writing);
+    let done = fill(repository, plan, options, &directory, &places, progress).await;
     match done {
         Ok(()) => Ok(()),
         Err(failure) => {
@@ -149,17 +193,38 @@ fn tablespace_targets(
         .collect())
 }
 
+/// Where everything but the data directory goes.
+#[derive(Clone)]
+struct Places {
+    /// What the links to tablespaces lead to, by OID.
+    links: BTreeMap<u32, PathBuf>,
+    /// Where their content is written.
+    written: BTreeMap<u32, PathBuf>,
+    wal: Option<StagedWal>,
+}
+
+impl Places {
+    fn of(plan: &RestorePlan, options: &RestoreOptions, staged: &Staged) -> Result<Places, Failure> {
+        let named = format!("backup {}", plan.backup.id);
+        let links = tablespace_targets(&named, &plan.backup.tablespaces, &options.tablespaces)?;
+        let mut written = links.clone();
+        written.extend(staged.tablespaces.iter().map(|(oid, path)| (*oid, path.clone())));
+        Ok(Places { links, written, wal: staged.wal.clone() })
+    }
+}
+
 async fn fill(
     repository: &Repository,
     plan: &RestorePlan,
     options: &RestoreOptions,
     directory: &TargetDirectory,
-    tablespaces: &BTreeMap<u32, PathBuf>,
+    places: &Places,
     progress: Arc<Progress>,
 ) -> Result<(), Failure> {
     let backup = &plan.backup;
-    let unpacker = Unpacker::new(directory, tablespaces.clone(), progress);
-    let filling = Filling { repository, directory, tablespaces, unpacker, parallelism: options.parallelism };
+    let unpacker = Unpacker::new(directory, places.written.clone(), progress);
+    let filling =
+        Filling { repository, directory, tablespaces: &places.written, unpacker, parallelism: options.parallelism };
     let remap = |held: &mut [HeldFile]| remap(held, &options.tablespaces);
     let held = match plan.chain.as_slice() {
         [full, between @ .., newest] => filling.chain(full, between, newest, remap).await?,
@@ -172,8 +237,8 @@ async fn fill(
         action: options.action,
         restore_command: options.restore_command.clone(),
     };
-    let (directory, tablespaces, major) = (directory.clone(), tablespaces.clone(), backup.major_version());
-    tokio::task::spawn_blocking(move || make_startable(&directory, &tablespaces, major, &settings, held)).await?
+    let (directory, places, major) = (directory.clone(), places.clone(), backup.major_version());
+    tokio::task::spawn_blocking(move || make_startable(&directory, &places, major, &settings, held)).await?
 }
 
 /// PostgreSQL makes its links by tablespace_map when it starts: with the old locations it would point back to them.
@@ -189,7 +254,7 @@ fn remap(held: &mut [HeldFile], mapping: &BTreeMap<String, String>) -> Result<()
 /// Steps 6 to 9.
 fn make_startable(
     directory: &TargetDirectory,
-    tablespaces: &BTreeMap<u32, PathBuf>,
+    places: &Places,
     major: u32,
     settings: &RecoverySettings,
     held: Vec<HeldFile>,
@@ -204,14 +269,66 @@ fn make_startable(
     let files = RecoveryFiles { label: &label.content, map: map.as_ref().map(|map| map.content.as_slice()) };
     // Remapped already.
     write_recovery_files(directory, &files, &BTreeMap::new(), major, settings)?;
-    for (oid, target) in tablespaces {
+    for (oid, target) in &places.links {
         let link = root.join("pg_tblspc").join(oid.to_string());
         symlink(target, &link).map_err(|error| Failure::io(format!("linking {}", link.display()), &error))?;
+    }
+    if let Some(wal) = &places.wal {
+        move_wal(directory, wal, major)?;
     }
     directory.sync_file_systems()?;
     directory.write_durably("global/pg_control", &control.content)?;
     directory.write_durably("PG_VERSION", &version.content)?;
     directory.release()
+}
+
+/// Puts a link in the place of pg_wal, which is empty, and makes the directory that it will lead to.
+fn move_wal(directory: &TargetDirectory, wal: &StagedWal, major: u32) -> Result<(), Failure> {
+    let pg_wal = directory.path().join("pg_wal");
+    let make = || -> io::Result<()> {
+        let like = fs::metadata(directory.path())?;
+        let owner = (like.uid(), like.gid());
+        let mut builder = fs::DirBuilder::new();
+        builder.mode(0o700).create(&wal.written)?;
+        directory.own(&wal.written, owner)?;
+        for name in empty_wal_subdirectories(major) {
+            let path = wal.written.join(name);
+            builder.create(&path)?;
+            directory.own(&path, owner)?;
+        }
+        fs::remove_dir_all(&pg_wal)?;
+        symlink(&wal.link, &pg_wal)?;
+        rustix::fs::syncfs(fs::File::open(&wal.written)?)?;
+        Ok(())
+    };
+    make().map_err(|error| Failure::io(format!("making {}", wal.written.display()), &error))
+}
+
+/// The command that a restored server gets. It names the database system: the daemon may sit beside another one. With the
+/// `tail`, it gets the end of the WAL that a stopped server had as well.
+///
+/// # Errors
+/// If the helper's path is nothing for a shell.
+pub fn default_restore_command(
+    helper: &Path,
+    address: SocketAddr,
+    repository: &Repository,
+    tail: bool,
+) -> Result<String, Failure> {
+    let helper = helper.display().to_string();
+    // PostgreSQL hands it to a shell, after replacing %; quoting everything that is special there isn't worth it.
+    if helper.contains(['"', '\\', '$', '`', '%', '\n', '\'']) {
+        return Err(Failure::new(
+            Code::Misconfigured,
+            format!("PGSIDECAR_HELPER: {helper:?} has characters that are special to a shell"),
+        )
+        .hint("Choose another place for it, or give the whole command with --restore-command."));
+    }
+    let tail = if tail { " --tail" } else { "" };
+    Ok(format!(
+        "\"{helper}\" --address {address} restore{tail} --system-identifier {} %f \"%p\"",
+        repository.layout().system()
+    ))
 }
 
 /// What `pg_backup_stop` returned for a backup or a snapshot.
@@ -237,7 +354,7 @@ fn write_recovery_files(
     let auto_conf = root.join("postgresql.auto.conf");
     let brought = match fs::read(&auto_conf) {
         Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(Failure::io(format!("reading {}", auto_conf.display()), &error)),
     };
     directory.write_durably("postgresql.auto.conf", &rewrite_auto_conf(&brought, major, settings))?;
@@ -251,9 +368,27 @@ fn write_recovery_files(
     directory.write_durably("backup_label", files.label)
 }
 
+/// Tells a server that was stopped to recover by these settings when it's started: to the end of its WAL, and from there to
+/// a timeline of its own.
+///
+/// # Errors
+/// If it can't be written durably.
+pub fn recover_again(data: &Path, settings: &RecoverySettings) -> Result<(), Failure> {
+    let directory = TargetDirectory::existing(data, [])?;
+    let version = data.join("PG_VERSION");
+    let text =
+        fs::read_to_string(&version).map_err(|error| Failure::io(format!("reading {}", version.display()), &error))?;
+    let major = text.trim().parse().map_err(|_| damaged("PG_VERSION", "it has no version"))?;
+    let auto_conf = data.join("postgresql.auto.conf");
+    let brought =
+        fs::read(&auto_conf).map_err(|error| Failure::io(format!("reading {}", auto_conf.display()), &error))?;
+    directory.write_durably("postgresql.auto.conf", &rewrite_auto_conf(&brought, major, settings))?;
+    directory.write_durably("recovery.signal", b"")
+}
+
 fn remove_if_there(path: &Path) -> Result<(), Failure> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Failure::io(format!("removing {}", path.display()), &error))
         }
         _ => Ok(()),

@@ -13,14 +13,14 @@ use crate::pgdata::{DataDirectory, Listening, ServerState};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Whether two paths lead to one file or directory.
-pub(super) fn is_same(one: &Path, other: &Path) -> bool {
+pub(crate) fn is_same(one: &Path, other: &Path) -> bool {
     let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
     matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// What says that a server runs on the directory; `None` if nothing does. A copy of a running server's directory holds
 /// that server's `postmaster.pid`, so that the file alone proves nothing.
-pub(super) fn server_on(directory: &Path) -> io::Result<Option<String>> {
+pub(crate) fn server_on(directory: &Path) -> io::Result<Option<String>> {
     if let Some(pid) = process_in(directory) {
         return Ok(Some(format!("process {pid}")));
     }

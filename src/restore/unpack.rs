@@ -13,10 +13,7 @@ use std::{
     io::{self, BufReader, Read, Write},
     os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt},
     path::{Component, Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed},
 };
 
 use jiff::Timestamp;
@@ -30,6 +27,8 @@ use super::{
     directory::TargetDirectory,
     layer::{Layer, Place},
 };
+/// How far a restore is; read by whoever shows it.
+pub use crate::progress::Progress;
 use crate::{
     codec,
     failure::{Code, Failure},
@@ -44,14 +43,6 @@ const NOT_IN_PARTS: [&str; 5] =
     ["PG_VERSION", "global/pg_control", "backup_label", "tablespace_map", "backup_manifest"];
 /// The files of the last part are small; anything larger isn't one of them.
 const MAX_HELD_BYTES: u64 = 1 << 20;
-
-/// How far a restore is; read by whoever shows it.
-#[derive(Debug, Default)]
-pub struct Progress {
-    /// Bytes of files written.
-    pub bytes: AtomicU64,
-    cancelled: AtomicBool,
-}
 
 /// Writes parts below a directory.
 #[derive(Clone)]
@@ -109,7 +100,7 @@ impl Unpacker {
 
     /// Makes all threads end soon.
     pub fn cancel(&self) {
-        self.progress.cancelled.store(true, Relaxed);
+        self.progress.cancel();
     }
 
     /// Unpacks one part and checks its bytes. Blocks.
@@ -276,7 +267,7 @@ impl Unpacker {
     }
 
     fn go_on(&self) -> Result<(), Trouble> {
-        if self.progress.cancelled.load(Relaxed) { Err(Trouble::Cancelled) } else { Ok(()) }
+        if self.progress.is_cancelled() { Err(Trouble::Cancelled) } else { Ok(()) }
     }
 
     /// Where a path of the archive goes; `None` if it would leave the directory.

@@ -17,6 +17,7 @@ mod crash;
 mod daemon;
 mod failover;
 mod hardened;
+mod in_place;
 mod incremental_formats;
 mod memory;
 mod misconfiguration;

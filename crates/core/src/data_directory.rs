@@ -49,9 +49,6 @@ const LEFT_OUT: [&str; 8] = [
 /// the relation cache, finished or not.
 const LEFT_OUT_PREFIXES: [&str; 2] = ["pgsql_tmp", "pg_internal.init"];
 
-/// Where a restore in place stages what it downloads, when the data directory is a mount point.
-const STAGING_PREFIX: &str = "pgsidecar.staging";
-
 /// What a backup does with the directory `path`.
 pub fn treat_directory(path: &str) -> Treatment {
     if skipped(path) {
@@ -88,8 +85,7 @@ fn skipped(path: &str) -> bool {
     // Of a tablespace only the version directories are PostgreSQL's; its location may hold anything beside.
     let beside_versions =
         top == "pg_tblspc" && path.split('/').nth(2).is_some_and(|version| !is_version_directory(version));
-    top.starts_with(STAGING_PREFIX)
-        || below_the_top && KEPT_EMPTY.contains(&top)
+    below_the_top && KEPT_EMPTY.contains(&top)
         || beside_versions
         || path.split('/').any(|component| LEFT_OUT_PREFIXES.iter().any(|prefix| component.starts_with(prefix)))
 }
@@ -249,7 +245,7 @@ mod tests {
             assert_eq!(treat_directory(&format!("{path}/x")), Treatment::Skip, "{path}");
         }
         for path in
-            ["base/pgsql_tmp", "pg_tblspc/1/PG_15_202209061/pgsql_tmp", "pgsidecar.staging-1", "pg_tblspc/1/PGX"]
+            ["base/pgsql_tmp", "pg_tblspc/1/PG_15_202209061/pgsql_tmp", "pgsql_tmp.pgsidecar-staged", "pg_tblspc/1/PGX"]
         {
             assert_eq!(treat_directory(path), Treatment::Skip, "{path}");
         }
@@ -268,7 +264,7 @@ mod tests {
             "postgresql.auto.conf.tmp",
             "current_logfiles.tmp",
             "base/.DS_Store",
-            "pgsidecar.staging/base/5/1259",
+            "pgsql_tmp.pgsidecar-staged/base/5/1259",
             "pg_tblspc/16400/PG_VERSION",
             "pg_tblspc/16400/lost+found/1",
         ] {

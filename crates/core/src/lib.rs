@@ -27,6 +27,7 @@ pub mod recovery;
 pub mod settings;
 pub mod snapshot;
 pub mod standby;
+pub mod switch;
 mod wal;
 mod wal_header;
 mod wal_pages;

@@ -10,6 +10,7 @@ mod target_time;
 use std::{fmt, str::FromStr};
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use crate::{Lsn, TimelineId};
 
@@ -91,7 +92,8 @@ impl fmt::Display for RestorePointName {
 }
 
 /// What the server does at the target (`recovery_target_action`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TargetAction {
     /// It accepts writes, on a new timeline. PostgreSQL's own default is to pause, which looks like a
     /// restore that hangs.

@@ -1,4 +1,4 @@
-//! How far a backup is, and the way to stop it.
+//! How far a backup or a restore is, and the way to stop it.
 
 use std::{
     io,
@@ -12,10 +12,12 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use super::pace::Pace;
-use crate::failure::{Code, Failure};
+use crate::{
+    backup::pace::Pace,
+    failure::{Code, Failure},
+};
 
-/// What a backup is at.
+/// What it is at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
@@ -28,16 +30,18 @@ pub enum Phase {
     Reading,
     /// Its WAL is on its way to the repository.
     Wal,
+    /// A restore writes files.
+    Writing,
 }
 
 impl Phase {
-    const ALL: [Phase; 4] = [Phase::Checkpoint, Phase::Summaries, Phase::Reading, Phase::Wal];
+    const ALL: [Phase; 5] = [Phase::Checkpoint, Phase::Summaries, Phase::Reading, Phase::Wal, Phase::Writing];
 }
 
 /// How far it is; read by whoever shows it.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes of files read so far.
+    /// Bytes of files read so far; by a restore, written.
     pub bytes: AtomicU64,
     /// About how many there will be; 0 while unknown.
     pub total_bytes: AtomicU64,
@@ -48,7 +52,7 @@ pub struct Progress {
     /// Set when the commit marker is about to be written: from then on nothing is removed.
     pub committing: AtomicBool,
     phase: AtomicU8,
-    reading_since: OnceLock<Instant>,
+    moving_since: OnceLock<Instant>,
     cancelled: AtomicBool,
     cancellation: Notify,
 }
@@ -57,8 +61,8 @@ impl Progress {
     /// Notes what it's at from now on.
     pub fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Relaxed);
-        if phase == Phase::Reading {
-            let _ = self.reading_since.set(Instant::now());
+        if matches!(phase, Phase::Reading | Phase::Writing) {
+            let _ = self.moving_since.set(Instant::now());
         }
     }
 
@@ -68,12 +72,12 @@ impl Progress {
         Phase::ALL.into_iter().find(|phase| *phase as u8 == number).unwrap_or_default()
     }
 
-    /// How long files have been read for; `None` before that.
-    pub fn reading_for(&self) -> Option<Duration> {
-        self.reading_since.get().map(Instant::elapsed)
+    /// How long files have been read or written for; `None` before that.
+    pub fn moving_for(&self) -> Option<Duration> {
+        self.moving_since.get().map(Instant::elapsed)
     }
 
-    /// Makes the backup end with an error soon.
+    /// Makes it end with an error soon.
     pub fn cancel(&self) {
         self.cancelled.store(true, Relaxed);
         self.cancellation.notify_waiters();
@@ -86,7 +90,7 @@ impl Progress {
     pub async fn unless_cancelled<T>(&self, step: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
         let cancellation = self.cancellation.notified();
         // Looked at after the waiting has begun: a cancellation in between isn't missed.
-        if self.cancelled.load(Relaxed) {
+        if self.is_cancelled() {
             return Err(given_up());
         }
         tokio::select! {
@@ -95,12 +99,18 @@ impl Progress {
         }
     }
 
-    pub(super) fn check(&self) -> io::Result<()> {
-        if self.cancelled.load(Relaxed) { Err(io::Error::other("cancelled")) } else { Ok(()) }
+    /// Whether it was cancelled.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Relaxed)
+    }
+
+    /// An error if it was cancelled.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        if self.is_cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
     }
 }
 
 /// Why the threads of a cancelled backup end.
-pub(super) fn given_up() -> Failure {
+pub(crate) fn given_up() -> Failure {
     Failure::new(Code::Busy, "the backup was given up").hint("Take it again.")
 }

@@ -1,0 +1,200 @@
+//! Restoring in the place of the database that is there, without ever destroying it.
+//!
+//! The order of effects, and what a crash between two of them leaves:
+//!
+//! 1. *Staging*, while the server may run. A note says what is being prepared; the restored database is written beside the
+//!    one that is there (`src/restore`), on the same volumes. A crash leaves something half written that nothing starts on, and
+//!    the note: the next one, or `restore cancel`, removes it.
+//! 2. *Ready*: all is durable, the note says so with the inodes of what will be switched.
+//! 3. *Switching*, when no server runs: as the first thing that `pgsidecar prepare` does in a new pod, or with `restore
+//!    switch`. For a restore to the end of the WAL, segments that are not archived are copied to the new pg_wal first. Then
+//!    the note says *switching*, and from then on it's gone through with, however often it is interrupted: each step is
+//!    told from what is where ([`Root::next`]), or from the note.
+//! 4. Where more than one directory is switched, or one can't be renamed, `PG_VERSION` gets another name first: until the
+//!    end nothing starts on a database that is half the old and half the new one. WAL and tablespaces come next, the data
+//!    directory last, its `PG_VERSION` at its very end. A data directory alone is exchanged by one rename.
+//! 5. What was there before is whole again, where it's kept; the note goes there too.
+//!
+//! `restore undo` is the same with what was kept in the place of what was restored. Only `restore clean` deletes a database,
+//! and only one that is no longer in its place.
+
+mod carry;
+mod kept;
+mod note;
+mod places;
+mod wal;
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use pgsidecar_core::{
+    plan::RestorePlan,
+    recovery::RecoveryTarget,
+    switch::{Phase, Purpose, Role, Root, Switch, SwitchId, Way},
+};
+
+pub use self::{
+    carry::carry_out,
+    kept::{Kept, clean, list, undo},
+};
+use self::{
+    note::lock,
+    places::{Layout, NewTablespace, Place, inode, lay_out},
+};
+use crate::{
+    failure::{Code, Failure},
+    pgdata::DataDirectory,
+    progress::Progress,
+    repository::Repository,
+    restore::{self, RestoreOptions, Staged, StagedWal},
+};
+
+/// Restores beside the database in `pgdata`, so that it takes its place when the server has been stopped. `options.to` is of
+/// no meaning here.
+///
+/// # Errors
+/// [`Code::Busy`] if something is staged already; what keeps the restore from being made. The database that is there was not
+/// touched.
+///
+/// # Cancellation
+/// As [`restore::run`].
+pub async fn stage(
+    repository: &Repository,
+    pgdata: &DataDirectory,
+    plan: &RestorePlan,
+    options: &RestoreOptions,
+    progress: std::sync::Arc<Progress>,
+) -> Result<Switch, Failure> {
+    let data = Place::of(pgdata.path())?;
+    let _lock = lock(&data)?;
+    match note::pending(&data)? {
+        None => {}
+        Some(switch) if switch.phase == Phase::Staging => {
+            tracing::info!("an interrupted restore had been staging; starting over");
+            remove_staged(&data, &switch)?;
+        }
+        Some(switch) => return Err(already(&switch)),
+    }
+    let purpose = Purpose::Restore {
+        backup: plan.backup.id,
+        target: plan.target.to_string(),
+        timeline: plan.timeline,
+        to_the_end: plan.target == RecoveryTarget::Latest,
+    };
+    let id = new_id(&data)?;
+    let tablespaces: Vec<NewTablespace> = plan
+        .backup
+        .tablespaces
+        .iter()
+        .map(|tablespace| NewTablespace {
+            oid: tablespace.oid,
+            location: options.tablespaces.get(&tablespace.location).unwrap_or(&tablespace.location).into(),
+        })
+        .collect();
+    let Layout { roots, tablespaces, wal_link } = lay_out(pgdata, &data, &tablespaces, id, &purpose)?;
+    let mut switch = Switch { id, purpose, phase: Phase::Staging, roots };
+    carry::check_movable(&switch)?;
+    let staged_at =
+        |role: Role| switch.roots.iter().find(|root| root.role == role).and_then(|root| root.staged.clone());
+    let wal = wal_link.zip(staged_at(Role::Wal)).map(|(link, written)| StagedWal { link, written });
+    let to = staged_at(Role::Data).ok_or_else(|| Failure::internal("a switch without a data directory"))?;
+    let options = RestoreOptions { to, ..options.clone() };
+    note::write_pending(&data, &switch)?;
+    let restored = restore::run_staged(repository, plan, &options, &Staged { tablespaces, wal }, progress).await;
+    if let Err(failure) = restored {
+        let removed = remove_staged(&data, &switch);
+        return Err(match removed {
+            Ok(()) => failure,
+            Err(left) => failure.hint(format!("What was staged could not be removed ({left}); 'pgsidecar restore cancel' tries again. The database that is there was not touched.")),
+        });
+    }
+    make_ready(&mut switch)?;
+    note::write_pending(&data, &switch)?;
+    Ok(switch)
+}
+
+/// Notes what is where, by which a switch is told from what a crash leaves of it.
+fn make_ready(switch: &mut Switch) -> Result<(), Failure> {
+    for root in &mut switch.roots {
+        root.old = inode(&root.live)?;
+        root.new = root.staged.as_deref().map(inode).transpose()?.flatten();
+        if root.staged.is_some() && root.new.is_none() {
+            // A tablespace without a file in it: the restore makes no directory for it.
+            root.staged = None;
+        }
+    }
+    switch.phase = Phase::Ready;
+    Ok(())
+}
+
+/// The switch that is prepared or under way.
+///
+/// # Errors
+/// If its note can't be read.
+pub fn pending(pgdata: &Path) -> Result<Option<Switch>, Failure> {
+    note::pending(&Place::of_data(pgdata)?)
+}
+
+/// Takes back what is prepared, and removes what was staged for it. What an undo would have brought back stays kept.
+///
+/// # Errors
+/// [`Code::NotFound`] if nothing is, [`Code::Conflict`] if directories are being switched already.
+pub fn cancel(pgdata: &Path) -> Result<Switch, Failure> {
+    let data = Place::of_data(pgdata)?;
+    let _lock = lock(&data)?;
+    let Some(switch) = note::pending(&data)? else {
+        return Err(Failure::new(Code::NotFound, "no restore is prepared for this data directory"));
+    };
+    if switch.phase == Phase::Switching {
+        return Err(Failure::new(Code::Conflict, "directories are being switched already: it has to be gone through with")
+            .hint("'pgsidecar restore switch' goes on with it; after that, 'pgsidecar restore undo' brings back what was there before."));
+    }
+    remove_staged(&data, &switch)?;
+    Ok(switch)
+}
+
+/// The note goes last: until then it's known what there is to be removed.
+fn remove_staged(data: &Place, switch: &Switch) -> Result<(), Failure> {
+    if matches!(switch.purpose, Purpose::Restore { .. }) {
+        for root in &switch.roots {
+            let Some(staged) = &root.staged else { continue };
+            // A tablespace's directory of the server's version lies in what stands for its location.
+            let whole = if root.role == Role::Tablespace { staged.parent().unwrap_or(staged) } else { staged };
+            carry::remove_tree(whole)?;
+        }
+    }
+    note::remove(&data.beside.pending_note())
+}
+
+fn already(switch: &Switch) -> Failure {
+    let failure = Failure::new(
+        Code::Busy,
+        format!("{} is prepared already, since {}; nothing was changed", describe(&switch.purpose), switch.id),
+    );
+    failure.hint("It takes place when the server is stopped: delete the pod, or stop PostgreSQL and run 'pgsidecar restore switch'. 'pgsidecar restore cancel' takes it back.")
+}
+
+/// What a switch is for, in words.
+pub fn describe(purpose: &Purpose) -> String {
+    match purpose {
+        Purpose::Restore { backup, target, timeline, .. } => {
+            format!("the restore of backup {backup}, to {target} on timeline {timeline},")
+        }
+        Purpose::Undo { of, .. } => format!("the undoing of the restore of {of}"),
+    }
+}
+
+/// An id that no other switch of this data directory has: they count seconds.
+fn new_id(data: &Place) -> Result<SwitchId, Failure> {
+    let taken = note::kept(&data.beside)?;
+    let mut time = Timestamp::now();
+    while taken.iter().any(|switch| switch.id == SwitchId::new(time)) {
+        time += jiff::SignedDuration::from_secs(1);
+    }
+    Ok(SwitchId::new(time))
+}
+
+/// Whether the root's content is moved.
+fn is_moved(root: &Root) -> bool {
+    matches!(root.way, Way::Content { .. })
+}

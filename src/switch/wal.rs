@@ -1,0 +1,80 @@
+//! The WAL that only the old directory has: a restore to the end replays it as well, as the manual wants it ("copy the
+//! unarchived WAL segment files").
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
+    path::{Path, PathBuf},
+};
+
+use pgsidecar_core::{
+    ArchiveFileName, TimelineId, WalHeader,
+    switch::{Role, Switch},
+};
+
+use crate::{failure::Failure, pgdata::DataDirectory};
+
+/// Copies the segments of this timeline that aren't marked as archived to the new pg_wal, and the timeline's history. Done
+/// again, it does the same again.
+///
+/// # Errors
+/// If they can't be read or written.
+pub fn take_along(switch: &Switch, timeline: TimelineId) -> Result<(), Failure> {
+    let Some(root) = switch.data() else { return Ok(()) };
+    let Some(staged) = root.staged.as_deref() else { return Ok(()) };
+    let elsewhere = switch.roots.iter().find(|root| root.role == Role::Wal).and_then(|root| root.staged.clone());
+    let to = elsewhere.unwrap_or_else(|| staged.join("pg_wal"));
+    let pgdata = DataDirectory::open(&root.live)?;
+    let size = pgdata.control()?.wal_segment_size;
+    let mut taken = 0;
+    for path in files(&pgdata.wal())? {
+        let Some(Ok(name)) = path.file_name().and_then(|name| name.to_str()).map(str::parse::<ArchiveFileName>) else {
+            continue;
+        };
+        let wanted = match name {
+            ArchiveFileName::Segment(segment) => {
+                let archived = pgdata.is_finished(&name) && !pgdata.is_ready(&name);
+                segment.timeline() == timeline && !archived && is_in_place(&path, segment.start(size))
+            }
+            ArchiveFileName::History(of) => of == timeline,
+            _ => false,
+        };
+        if wanted {
+            copy(&path, &to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
+            taken += 1;
+        }
+    }
+    let synced = File::open(&to).and_then(|directory| directory.sync_all());
+    synced.map_err(|error| Failure::io(format!("syncing {}", to.display()), &error))?;
+    tracing::info!(files = taken, "WAL that isn't archived was taken along");
+    Ok(())
+}
+
+fn files(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let read = || fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>();
+    read().map_err(|error| Failure::io(format!("reading {}", directory.display()), &error))
+}
+
+/// A segment that was recycled for later begins with the position that it had before.
+fn is_in_place(path: &Path, start: Option<pgsidecar_core::Lsn>) -> bool {
+    let mut first = [0; WalHeader::LEN];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut first));
+    let header = read.ok().and_then(|()| WalHeader::parse(&first).ok());
+    header.is_some_and(|header| Some(header.page_address) == start)
+}
+
+/// A copy, not a link: the server reuses and overwrites its segments, and what is kept has to stay as it is.
+fn copy(from: &Path, directory: &Path) -> io::Result<()> {
+    let Some(name) = from.file_name() else { return Ok(()) };
+    let (to, temporary) = (directory.join(name), directory.join("pgsidecar-copy.tmp"));
+    let mut source = File::open(from)?;
+    let mut target = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    io::copy(&mut source, &mut target)?;
+    if rustix::process::geteuid().is_root() {
+        let like = source.metadata()?;
+        chown(&temporary, Some(like.uid()), Some(like.gid()))?;
+    }
+    target.sync_all()?;
+    fs::rename(&temporary, &to)
+}

@@ -1,0 +1,188 @@
+//! Restores in the place of the database that is there: prepared while it runs, carried out when it doesn't, undone.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use crate::support::{
+    Postgres, Repository, Scratch, Sidecar, archiving, give_to_servers,
+    restoring::{back_up, ship_wal, text},
+};
+
+/// The names in a directory that aren't PostgreSQL's.
+fn beside(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.contains("pgsidecar") || name.contains("before-"))
+        .collect();
+    names.sort();
+    names
+}
+
+/// Stops the server, switches and starts it again.
+#[track_caller]
+fn switched(postgres: &mut Postgres, sidecar: &Sidecar) -> String {
+    postgres.stop("fast");
+    let said = sidecar.ok(&["restore", "switch"]);
+    postgres.start(&[]);
+    postgres.wait_for_promotion();
+    said
+}
+
+fn rows(postgres: &Postgres) -> String {
+    postgres.sql("SELECT string_agg(n::text, ',' ORDER BY n) FROM rows")
+}
+
+fn timeline(postgres: &Postgres) -> String {
+    postgres.sql("SELECT timeline_id FROM pg_control_checkpoint()")
+}
+
+/// The story of one night: rows 1 and 2, then a mistake.
+#[track_caller]
+fn story(postgres: &mut Postgres, sidecar: &mut Sidecar) {
+    postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
+    back_up(sidecar);
+    postgres.sql("INSERT INTO rows VALUES (2)");
+    let before = postgres.now();
+    postgres.sql("INSERT INTO rows VALUES (3)");
+    ship_wal(postgres);
+
+    let said = sidecar.ok(&["restore", "run", "--in-place", "--target-time", &before]);
+    assert!(said.contains("PostgreSQL was not touched") && said.contains("restore switch"), "{said}");
+    postgres.sql("INSERT INTO rows VALUES (4)");
+    assert_eq!(rows(postgres), "1,2,3,4", "the server goes on meanwhile");
+    let again = sidecar.fails(75, &["restore", "run", "--in-place"]);
+    assert!(again.contains("is prepared already"), "{again}");
+    let running = sidecar.fails(73, &["restore", "switch"]);
+    assert!(running.contains("a server runs on") && running.contains("nothing was changed"), "{running}");
+
+    let said = switched(postgres, sidecar);
+    assert!(said.contains("What was there before is kept in"), "{said}");
+    assert_eq!(rows(postgres), "1,2");
+    assert_eq!(timeline(postgres), "2");
+    postgres.sql("INSERT INTO rows VALUES (20)");
+    ship_wal(postgres);
+
+    // It was the wrong second: everything back as it was.
+    sidecar.ok(&["restore", "undo"]);
+    switched(postgres, sidecar);
+    assert_eq!(rows(postgres), "1,2,3,4");
+    // Timeline 2 is the other's: 'the newest' has to be this one again.
+    postgres.sql("CHECKPOINT");
+    assert_eq!(timeline(postgres), "3");
+    postgres.sql("INSERT INTO rows VALUES (5)");
+    ship_wal(postgres);
+
+    // To the end, with what isn't archived yet.
+    sidecar.ok(&["restore", "run", "--in-place"]);
+    postgres.sql("INSERT INTO rows VALUES (6)");
+    let kept = sidecar.json(&["restore", "list"]);
+    assert_eq!(kept["pending"]["phase"], "ready");
+    assert_eq!(kept["done"].as_array().unwrap().len(), 1, "the undone restore: {kept}");
+    sidecar.kill();
+    postgres.sql("INSERT INTO rows VALUES (7)");
+    postgres.stop("immediate");
+    sidecar.start();
+    sidecar.ok(&["restore", "switch"]);
+    postgres.start(&[]);
+    postgres.wait_for_promotion();
+    assert_eq!(rows(postgres), "1,2,3,4,5,6,7");
+    assert!(sidecar.fails(1, &["restore", "switch"]).contains("no restore is prepared"));
+    back_up(sidecar);
+}
+
+#[test]
+fn a_restore_takes_the_place_and_goes_again_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::s3();
+    let (mut postgres, mut sidecar) = archiving(&scratch, 15, &["--wal-segsize=1"], &repository);
+    story(&mut postgres, &mut sidecar);
+    assert!(sidecar.fails(2, &["restore", "clean"]).contains("--yes"));
+    assert_eq!(beside(scratch.path()).len(), 4, "{:?}", beside(scratch.path()));
+    sidecar.ok(&["restore", "clean", "--yes"]);
+    assert_eq!(beside(scratch.path()), [""; 0]);
+    assert!(sidecar.fails(1, &["restore", "undo"]).contains("nothing is kept"));
+}
+
+/// A directory whose parent can't be changed is as good as a mount point: nothing can be put beside it.
+fn without_a_sibling(scratch: &Scratch, data: &Path) {
+    let volume = scratch.path().join("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::rename(data, volume.join("data")).unwrap();
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o555)).unwrap();
+}
+
+struct Elsewhere {
+    postgres: Postgres,
+    sidecar: Sidecar,
+    data: PathBuf,
+}
+
+/// PGDATA in a volume's root, WAL in another's, and two tablespaces.
+fn elsewhere(scratch: &Scratch, repository: &Repository, major: u32) -> Elsewhere {
+    let wal = scratch.path().join("wal-volume");
+    fs::create_dir(&wal).unwrap();
+    give_to_servers(&wal);
+    let pg_wal = wal.join("pg_wal");
+    Postgres::initdb(scratch, major, &["--wal-segsize=1", "--waldir", text(&pg_wal)]);
+    without_a_sibling(scratch, &scratch.path().join("data"));
+    fs::set_permissions(&wal, fs::Permissions::from_mode(0o555)).unwrap();
+    let data = scratch.path().join("volume/data");
+    let mut postgres = Postgres::on(scratch, data.clone(), major);
+    let mut sidecar = Sidecar::new(scratch, &postgres, repository);
+    postgres.configure(&sidecar.archive_settings().iter().map(String::as_str).collect::<Vec<_>>());
+    postgres.start(&[]);
+    sidecar.start();
+    for name in ["one", "two"] {
+        let location = scratch.dir(name);
+        postgres.sql(&format!("CREATE TABLESPACE {name} LOCATION '{}'", location.display()));
+        postgres.sql(&format!("CREATE TABLE in_{name} TABLESPACE {name} AS SELECT generate_series(1, 100) AS n"));
+    }
+    Elsewhere { postgres, sidecar, data }
+}
+
+impl Elsewhere {
+    fn counts(&self) -> String {
+        self.postgres.sql("SELECT (SELECT count(*) FROM in_one) || ' ' || (SELECT count(*) FROM in_two)")
+    }
+}
+
+#[test]
+fn it_does_so_on_a_mount_point_with_wal_and_tablespaces_elsewhere_pg17() {
+    let scratch = Scratch::new();
+    let repository = Repository::s3();
+    let mut there = elsewhere(&scratch, &repository, 17);
+    story(&mut there.postgres, &mut there.sidecar);
+    assert_eq!(there.counts(), "100 100");
+    assert!(beside(&there.data).iter().all(|name| name.starts_with("pgsql_tmp.")), "{:?}", beside(&there.data));
+    assert_eq!(beside(&there.data).len(), 4);
+    assert_eq!(beside(&scratch.path().join("one")).len(), 2);
+
+    // A tablespace that goes, and one that comes back, stay what they were through restore and undo.
+    let before = there.postgres.now();
+    there.postgres.sql("DROP TABLE in_one");
+    there.postgres.sql("DROP TABLESPACE one");
+    let three = scratch.dir("three");
+    there.postgres.sql(&format!("CREATE TABLESPACE three LOCATION '{}'", three.display()));
+    there.postgres.sql("CREATE TABLE in_three TABLESPACE three AS SELECT 3 AS n; DELETE FROM in_two");
+    ship_wal(&there.postgres);
+    there.sidecar.ok(&["restore", "run", "--in-place", "--target-time", &before]);
+    switched(&mut there.postgres, &there.sidecar);
+    assert_eq!(there.counts(), "100 100");
+    there.postgres.sql("TRUNCATE in_one, in_two");
+    there.sidecar.ok(&["restore", "undo"]);
+    switched(&mut there.postgres, &there.sidecar);
+    assert_eq!(there.postgres.sql("SELECT n FROM in_three"), "3");
+    assert_eq!(there.postgres.sql("SELECT count(*) FROM in_two"), "0");
+    assert!(there.postgres.try_sql("SELECT FROM in_one").is_err());
+    there.sidecar.ok(&["restore", "clean", "--yes"]);
+    for directory in [&there.data, &scratch.path().join("one"), &scratch.path().join("two"), &three] {
+        assert_eq!(beside(directory), [""; 0], "{}", directory.display());
+    }
+    for volume in ["volume", "wal-volume"] {
+        fs::set_permissions(scratch.path().join(volume), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
