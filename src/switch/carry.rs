@@ -38,24 +38,27 @@ pub type Watch<'a> = &'a mut dyn FnMut(&str) -> Result<(), Failure>;
 /// [`Code::TargetDirectory`] if a server runs there or things aren't as they were when it was prepared: nothing was changed.
 /// Any other: it goes on when it's called again, and PostgreSQL doesn't start meanwhile.
 pub fn carry_out(pgdata: &Path, watch: Watch<'_>) -> Result<Option<Switch>, Failure> {
-    let data = Place::of_data(pgdata)?;
-    if note::pending(&data)?.is_none() {
+    carry_out_at(&Place::of_data(pgdata)?, watch)
+}
+
+fn carry_out_at(data: &Place, watch: Watch<'_>) -> Result<Option<Switch>, Failure> {
+    if note::pending(data)?.is_none() {
         return Ok(None);
     }
-    let _lock = lock(&data)?;
-    let Some(mut switch) = note::pending(&data)? else { return Ok(None) };
+    let _lock = lock(data)?;
+    let Some(mut switch) = note::pending(data)? else { return Ok(None) };
     if switch.phase == Phase::Staging {
         tracing::warn!(
             "a restore in this place was interrupted while it was staged; what it left is removed, the database is as it was"
         );
-        remove_staged(&data, &switch)?;
+        remove_staged(data, &switch)?;
         return Ok(None);
     }
     let doing = describe(&switch.purpose);
     if switch.phase == Phase::Ready {
-        prepare(&data, &mut switch, watch).map_err(|failure| failure.context(&doing))?;
+        prepare(data, &mut switch, watch).map_err(|failure| failure.context(&doing))?;
     }
-    go_on(&data, &mut switch, watch).map_err(|failure| {
+    go_on(data, &mut switch, watch).map_err(|failure| {
         let hint = format!(
             "{}{}PostgreSQL doesn't start on the directory as it is, and nothing is lost: put right what is wrong, then 'pgsidecar restore switch' (or the pod's next start) goes on.",
             failure.hint,
@@ -329,3 +332,6 @@ pub fn remove_tree(path: &Path) -> Result<(), Failure> {
     };
     remove().map_err(|error| Failure::io(format!("removing {}", path.display()), &error))
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,7 +30,7 @@ pub struct Kept {
 /// If it can't be looked at.
 pub fn list(pgdata: &Path) -> Result<Kept, Failure> {
     let data = Place::of_data(pgdata)?;
-    let mut done = note::kept(&data.beside)?;
+    let mut done: Vec<Switch> = note::done(&data)?.into_iter().map(|done| done.switch).collect();
     done.retain(|switch| switch.kept_data().is_some_and(Path::exists));
     Ok(Kept { pending: note::pending(&data)?, done })
 }
@@ -40,14 +40,14 @@ pub fn list(pgdata: &Path) -> Result<Kept, Failure> {
 /// # Errors
 /// [`Code::NotFound`] if nothing is kept, [`Code::Busy`] if something else is prepared.
 pub fn undo(pgdata: &DataDirectory, restore_command: &str) -> Result<Switch, Failure> {
-    let data = Place::of(pgdata.path())?;
+    let data = Place::of_data(pgdata.path())?;
     let _lock = lock(&data)?;
     if let Some(switch) = note::pending(&data)? {
         return Err(already(&switch));
     }
-    let mut done = note::kept(&data.beside)?;
-    done.retain(|switch| switch.kept_data().is_some_and(|kept| kept.join("PG_VERSION").exists()));
-    let Some(last) = done.first() else {
+    let done = note::done(&data)?.into_iter().map(|done| done.switch);
+    let last = done.into_iter().find(|switch| switch.kept_data().is_some_and(|kept| kept.join("PG_VERSION").exists()));
+    let Some(last) = last else {
         return Err(Failure::new(
             Code::NotFound,
             format!("nothing is kept of what was in {} before", data.path.display()),
@@ -87,14 +87,14 @@ pub fn clean(pgdata: &Path) -> Result<Vec<PathBuf>, Failure> {
         return Err(already(&switch));
     }
     let mut removed = Vec::new();
-    for switch in note::kept(&data.beside)? {
-        for root in &switch.roots {
+    for done in note::done(&data)? {
+        for root in &done.switch.roots {
             if root.kept.exists() {
                 carry::remove_tree(&root.kept)?;
                 removed.push(root.kept.clone());
             }
         }
-        note::remove(&data.beside.done_note(switch.id, &switch.purpose))?;
+        note::remove(&done.note)?;
     }
     Ok(removed)
 }

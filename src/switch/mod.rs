@@ -65,7 +65,7 @@ pub async fn stage(
     options: &RestoreOptions,
     progress: std::sync::Arc<Progress>,
 ) -> Result<Switch, Failure> {
-    let data = Place::of(pgdata.path())?;
+    let data = Place::of_data(pgdata.path())?;
     let _lock = lock(&data)?;
     match note::pending(&data)? {
         None => {}
@@ -186,9 +186,9 @@ pub fn describe(purpose: &Purpose) -> String {
 
 /// An id that no other switch of this data directory has: they count seconds.
 fn new_id(data: &Place) -> Result<SwitchId, Failure> {
-    let taken = note::kept(&data.beside)?;
+    let taken = note::done(data)?;
     let mut time = Timestamp::now();
-    while taken.iter().any(|switch| switch.id == SwitchId::new(time)) {
+    while taken.iter().any(|done| done.switch.id == SwitchId::new(time)) {
         time += jiff::SignedDuration::from_secs(1);
     }
     Ok(SwitchId::new(time))

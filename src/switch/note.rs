@@ -7,9 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pgsidecar_core::switch::{Beside, Phase, Purpose, Switch};
+use pgsidecar_core::switch::{Phase, Purpose, Switch};
 
-use super::places::Place;
+use super::places::{Place, besides};
 use crate::failure::{Code, Failure};
 
 /// Reads a note; `None` if it isn't there.
@@ -50,32 +50,50 @@ pub fn write_pending(data: &Place, switch: &Switch) -> Result<(), Failure> {
 /// # Errors
 /// If it can't be noted durably.
 pub fn finish(data: &Place, switch: &Switch) -> Result<(), Failure> {
-    let done = Switch { phase: Phase::Done, ..switch.clone() };
-    write(&data.beside.done_note(switch.id, &switch.purpose), &done)?;
+    let carried_out = Switch { phase: Phase::Done, ..switch.clone() };
+    write(&data.beside.done_note(switch.id, &switch.purpose), &carried_out)?;
     if let Purpose::Undo { of, .. } = switch.purpose {
         // What it kept is in its place again.
-        for undone in kept(&data.beside)?.iter().filter(|undone| undone.id == of) {
-            remove(&data.beside.done_note(undone.id, &undone.purpose))?;
+        for undone in done(data)?.iter().filter(|undone| undone.switch.id == of) {
+            remove(&undone.note)?;
         }
     }
     remove(&data.beside.pending_note())
 }
 
-/// Switches that were carried out and whose former data directory is there, the newest first.
+/// A switch that was carried out, with where its note is.
+pub struct Done {
+    /// The switch.
+    pub switch: Switch,
+    /// Its note.
+    pub note: PathBuf,
+}
+
+/// Switches that were carried out, the newest first.
 ///
 /// # Errors
 /// If they can't be looked at.
-pub fn kept(beside: &Beside) -> Result<Vec<Switch>, Failure> {
-    let unreadable = |error: &io::Error| Failure::io(format!("reading {}", beside.home().display()), error);
-    let mut notes = Vec::new();
-    for entry in fs::read_dir(beside.home()).map_err(|error| unreadable(&error))? {
-        let entry = entry.map_err(|error| unreadable(&error))?;
-        if entry.file_name().to_str().is_some_and(|name| beside.is_done_note(name)) {
-            notes.extend(read(&entry.path())?);
+pub fn done(data: &Place) -> Result<Vec<Done>, Failure> {
+    let mut found = Vec::new();
+    for beside in besides(&data.path) {
+        let home = beside.home();
+        let unreadable = |error: &io::Error| Failure::io(format!("reading {}", home.display()), error);
+        let entries = match fs::read_dir(home) {
+            // One that can't be looked into holds no note of ours.
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => continue,
+            entries => entries.map_err(|error| unreadable(&error))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(|error| unreadable(&error))?;
+            if entry.file_name().to_str().is_some_and(|name| beside.is_done_note(name))
+                && let Some(switch) = read(&entry.path())?
+            {
+                found.push(Done { switch, note: entry.path() });
+            }
         }
     }
-    notes.sort_by_key(|switch| std::cmp::Reverse(switch.id));
-    Ok(notes)
+    found.sort_by_key(|done| std::cmp::Reverse(done.switch.id));
+    Ok(found)
 }
 
 fn write(path: &Path, switch: &Switch) -> Result<(), Failure> {

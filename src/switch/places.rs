@@ -45,21 +45,31 @@ impl Place {
         Ok(Place { beside: next_to.unwrap_or_else(|| Beside::inside(&path)), path, is_mount_point })
     }
 
-    /// The place of a data directory that a crash may have left absent in the middle of a switch.
+    /// The place of a data directory, which a crash may have left absent in the middle of a switch. Where a switch is pending
+    /// it's where its note is: who prepared it and who carries it out may have different rights, and so see different places.
     ///
     /// # Errors
     /// As [`Place::of`].
     pub fn of_data(pgdata: &Path) -> Result<Place, Failure> {
-        if !pgdata.exists()
-            && let (Some(parent), Some(name)) = (pgdata.parent(), pgdata.file_name())
-            && let Ok(parent) = parent.canonicalize()
-        {
-            let path = parent.join(name);
-            if let Some(beside) = Beside::next_to(&path) {
-                return Ok(Place { path, beside, is_mount_point: false });
+        let path = if pgdata.exists() {
+            pgdata.canonicalize().map_err(|error| Failure::io(format!("reading {}", pgdata.display()), &error))?
+        } else {
+            let parent = pgdata.parent().and_then(|parent| parent.canonicalize().ok());
+            match parent.zip(pgdata.file_name()) {
+                Some((parent, name)) => parent.join(name),
+                None => pgdata.to_owned(),
             }
+        };
+        let noted = besides(&path).into_iter().find(|beside| beside.pending_note().exists());
+        match noted {
+            Some(beside) => Ok(Place { is_mount_point: beside.home() == path, path, beside }),
+            None if path.exists() => Place::of(&path),
+            None => Ok(Place {
+                beside: Beside::next_to(&path).unwrap_or_else(|| Beside::inside(&path)),
+                path,
+                is_mount_point: false,
+            }),
         }
-        Place::of(pgdata)
     }
 
     fn root(&self, role: Role, id: SwitchId, purpose: &Purpose) -> Root {
@@ -73,6 +83,11 @@ impl Place {
             new: None,
         }
     }
+}
+
+/// Wherever something may stand beside a directory.
+pub fn besides(path: &Path) -> Vec<Beside> {
+    Beside::next_to(path).into_iter().chain([Beside::inside(path)]).collect()
 }
 
 /// Whether two paths lie in one mount: a bind mount of the same file system is another one.
