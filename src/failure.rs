@@ -196,6 +196,12 @@ impl From<pgsidecar_core::plan::SnapshotPlanError> for Failure {
     }
 }
 
+impl From<pgsidecar_core::recovery::InvalidTarget> for Failure {
+    fn from(error: pgsidecar_core::recovery::InvalidTarget) -> Failure {
+        Failure::new(Code::InvalidRequest, error.to_string())
+    }
+}
+
 impl From<tokio::task::JoinError> for Failure {
     fn from(error: tokio::task::JoinError) -> Failure {
         Failure::internal(error)

@@ -327,7 +327,25 @@ impl Repository {
     /// # Errors
     /// The store's, if it can't even be begun; later ones come through the reader.
     pub async fn open_stream(&self, key: &ObjectKey) -> Result<Option<(Option<Sha256Digest>, ChannelReader)>, Failure> {
-        let Some(mut download) = self.store.get(key, ByteRange::All).await? else { return Ok(None) };
+        self.open_range(key, 0, None).await
+    }
+
+    /// The same from this offset on, at most `len` bytes if that is given.
+    ///
+    /// # Errors
+    /// As [`Repository::open_stream`].
+    pub async fn open_range(
+        &self,
+        key: &ObjectKey,
+        from: u64,
+        len: Option<u64>,
+    ) -> Result<Option<(Option<Sha256Digest>, ChannelReader)>, Failure> {
+        let range = move |position: u64| match len {
+            Some(len) => ByteRange::Bounded { from: from + position, len: len.saturating_sub(position) },
+            None if from + position == 0 => ByteRange::All,
+            None => ByteRange::From(from + position),
+        };
+        let Some(mut download) = self.store.get(key, range(0)).await? else { return Ok(None) };
         let sha256 = download.info.sha256;
         let (sender, reader) = ChannelReader::new();
         let (store, key) = (self.store.clone(), key.clone());
@@ -350,7 +368,7 @@ impl Repository {
                         tracing::debug!(%key, position, %error, "download broke off; taking it up again");
                         tokio::time::sleep(Duration::from_millis(200 << retries)).await;
                         // Objects never change, so the rest belongs to what we have.
-                        match store.get(&key, ByteRange::From(position)).await {
+                        match store.get(&key, range(position)).await {
                             Ok(Some(rest)) => download = rest,
                             Ok(None) => {
                                 let gone = Failure::new(Code::Damaged, format!("{key} was deleted while it was read"));

@@ -7,19 +7,21 @@ use std::{
 };
 
 use clap::Args;
-use pgsidecar_core::switch::{Phase, Purpose, Switch};
+use pgsidecar_core::{
+    recovery::RestoreOrder,
+    switch::{Phase, Purpose, Switch},
+};
 
 use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown, restore::show_progress};
 use crate::{
     client::Client,
-    daemon::restores,
     failure::{Code, Failure},
     jobs::{Outcome, Snapshot},
     pgdata::DataDirectory,
     progress::{Phase as JobPhase, Progress},
-    restore::{default_restore_command, order::RestoreOrder},
+    restore::default_restore_command,
     settings::Settings,
-    switch::{self, Kept, describe},
+    switch::{self, Asker, Kept, describe},
 };
 
 /// `restore undo`
@@ -85,7 +87,7 @@ async fn here(
     let repository = open_repository(work, system).await?;
     let progress = Arc::new(Progress::default());
     let shown = show_progress(progress.clone(), output.json);
-    let staged = restores::stage(&repository, &pgdata, (work, &settings.process), order, progress).await;
+    let staged = Asker { work, process: &settings.process }.prepare(&repository, &pgdata, order, progress).await;
     shown.abort();
     let _ = shown.await;
     staged
@@ -115,14 +117,12 @@ fn print_prepared(switch: &Switch) -> Result<(), Failure> {
 
 /// `restore switch`
 pub async fn switch(settings: &Settings, output: OutputArgs) -> Result<(), Failure> {
-    let path = settings.work()?.pgdata()?.to_owned();
-    let switched = tokio::task::spawn_blocking(move || {
-        switch::carry_out(&path, &mut |step| {
-            tracing::debug!(step, "switching");
-            Ok(())
-        })
-    });
-    let Some(switch) = switched.await?? else {
+    let progress = Arc::new(Progress::default());
+    let shown = show_progress(progress.clone(), output.json);
+    let switched = switch::before_start(settings, progress).await;
+    shown.abort();
+    let _ = shown.await;
+    let Some(switch) = switched? else {
         return Err(Failure::new(
             Code::NotFound,
             "no restore is prepared for this data directory; nothing was changed",
@@ -135,6 +135,15 @@ pub async fn switch(settings: &Settings, output: OutputArgs) -> Result<(), Failu
 /// What a switch has done, for people.
 pub fn print_switched(switch: &Switch) -> Result<(), Failure> {
     let kept = switch.kept_data().unwrap_or(Path::new("?")).display();
+    if matches!(switch.purpose, Purpose::Replace { .. }) {
+        output::print_line(&format!(
+            "Done: {}. WAL that wasn't archived is kept in {kept}.",
+            describe(&switch.purpose).trim_end_matches(',')
+        ))?;
+        return output::print_line(
+            "Start PostgreSQL: it recovers first. 'pgsidecar restore clean' removes what is kept.",
+        );
+    }
     output::print_line(&format!(
         "Done: {} is in its place. What was there before is kept in {kept}.",
         describe(&switch.purpose).trim_end_matches(',')
@@ -185,6 +194,14 @@ fn print_kept(kept: &Kept) -> Result<(), Failure> {
     for switch in &kept.done {
         let before = if matches!(switch.purpose, Purpose::Undo { .. }) { "the undoing" } else { "the restore" };
         let path = switch.kept_data().unwrap_or(Path::new("?"));
+        if matches!(switch.purpose, Purpose::Replace { .. }) {
+            output::print_line(&format!(
+                "Kept WAL that wasn't archived before the restore of {}: {}",
+                switch.id,
+                path.display()
+            ))?;
+            continue;
+        }
         output::print_line(&format!("Kept from before {before} of {}: {}", switch.id, path.display()))?;
     }
     if kept.pending.is_none() && kept.done.is_empty() {
@@ -216,6 +233,15 @@ pub async fn clean(settings: &Settings, args: CleanArgs) -> Result<(), Failure> 
         return output::print_line("Nothing is kept.");
     }
     removed.iter().try_for_each(|path| output::print_line(&format!("Removed {}", path.display())))
+}
+
+/// Asks whether a database may be overwritten.
+pub fn confirm_replacement(pgdata: &Path) -> Result<(), Failure> {
+    let what = format!(
+        "When PostgreSQL starts the next time, the database in {} is overwritten by the restored one: it can't be undone.\n",
+        pgdata.display()
+    );
+    confirm(&what, "replace")
 }
 
 /// Asks a person to type a word. Nobody can where there's no terminal.

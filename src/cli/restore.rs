@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use pgsidecar_core::{
     BackupId, Lsn, SegmentName, SnapshotId, TimelineId,
     plan::{RestorePlan, RestoreRequest, SnapshotPlan},
-    recovery::{RecoveryTarget, RestorePointName, TargetAction, parse_target_time},
+    recovery::{RecoveryTarget, RestoreOrder, RestorePointName, TargetAction, parse_target_time},
 };
 
 use super::{
@@ -24,7 +24,7 @@ use crate::{
     estimate::Estimate,
     failure::{Code, Failure},
     repository::Repository,
-    restore::{self, RestoreOptions, default_restore_command, order::RestoreOrder, unpack::Progress},
+    restore::{self, RestoreOptions, default_restore_command, unpack::Progress},
     settings::Settings,
 };
 
@@ -100,6 +100,13 @@ pub struct RunArgs {
     /// kept
     #[arg(long, conflicts_with = "from_snapshot")]
     in_place: bool,
+    /// Where there's no room for two: restore over the database in PGDATA when PostgreSQL starts the next time. What is the
+    /// same there as in the backup isn't read
+    #[arg(long, requires = "in_place")]
+    replace: bool,
+    /// Don't ask whether the database may be overwritten
+    #[arg(long, requires = "replace")]
+    yes: bool,
     /// Put the tablespace of OLD into NEW; can be given several times
     #[arg(long, value_name = "OLD=NEW")]
     tablespace_mapping: Vec<String>,
@@ -131,6 +138,7 @@ impl TargetArgs {
             backup,
             exclusive: args.target_exclusive,
             action: args.target_action,
+            replace: args.replace,
             tablespaces,
             restore_command: args.restore_command.clone(),
         })
@@ -181,6 +189,9 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             let tablespaces = parse_mapping(&args.tablespace_mapping)?;
             let Some(to) = &args.to else {
                 let order = args.target.order(&args, tablespaces)?;
+                if args.replace && !args.yes {
+                    in_place::confirm_replacement(work.pgdata()?)?;
+                }
                 return in_place::stage(settings, &order, &args.system, args.output).await;
             };
             let request = args.target.request()?;

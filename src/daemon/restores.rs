@@ -2,51 +2,15 @@
 
 use std::sync::Arc;
 
-use pgsidecar_core::{recovery::RecoveryTarget, switch::Switch};
+use pgsidecar_core::{recovery::RestoreOrder, switch::Switch};
 
 use super::App;
 use crate::{
     failure::{Code, Failure},
     jobs::Job,
-    pgdata::DataDirectory,
-    progress::Progress,
-    repository::Repository,
-    restore::{self, RestoreOptions, default_restore_command, order::RestoreOrder},
-    settings::{ProcessSettings, WorkSettings},
-    switch::{self, Kept},
+    restore::default_restore_command,
+    switch::{self, Asker, Kept},
 };
-
-/// Plans a restore and writes it beside the database that is there.
-///
-/// # Errors
-/// As [`restore::plan`] and [`switch::stage`].
-pub async fn stage(
-    repository: &Repository,
-    pgdata: &DataDirectory,
-    settings: (&WorkSettings, &ProcessSettings),
-    order: &RestoreOrder,
-    progress: Arc<Progress>,
-) -> Result<Switch, Failure> {
-    let (work, process) = settings;
-    let plan = restore::plan(repository, order.request()?).await?;
-    // The end of the WAL is in the old directory's own pg_wal, from which it's taken along, unless that server had left the
-    // timeline. A tail in the repository may be older.
-    let has_the_end = pgdata.control()?.timeline == plan.timeline;
-    let tail = plan.target == RecoveryTarget::Latest && !has_the_end;
-    let restore_command = match &order.restore_command {
-        Some(command) => command.clone(),
-        None => default_restore_command(&work.helper, process.wal_listen, repository, tail)?,
-    };
-    let options = RestoreOptions {
-        to: pgdata.path().to_owned(),
-        inclusive: !order.exclusive,
-        action: order.action,
-        tablespaces: order.tablespaces.clone(),
-        restore_command,
-        parallelism: work.parallelism,
-    };
-    switch::stage(repository, pgdata, &plan, &options, progress).await
-}
 
 impl App {
     /// Starts a restore that takes the place of the database at its next start.
@@ -63,7 +27,7 @@ impl App {
         let repository = work.repository(control.system_identifier);
         let (settings, process) = (work.settings.clone(), self.process.clone());
         self.jobs.start("restore", |progress| async move {
-            stage(&repository, &pgdata, (&settings, &process), &order, progress).await
+            Asker { work: &settings, process: &process }.prepare(&repository, &pgdata, &order, progress).await
         })
     }
 

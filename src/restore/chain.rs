@@ -12,6 +12,7 @@ use pgsidecar_core::{
     backup::{PartRecord, StoredObject},
     backup_label::without_increment,
     layout::BackupObject,
+    switch::stays_inside,
 };
 use tokio::task::JoinSet;
 
@@ -20,11 +21,12 @@ use super::{
     layer::{Layer, Paths},
     manifest::NewManifest,
     prune::prune,
+    replace::{self, Stretch},
     unpack::{self, HeldFile, Unpacker},
 };
 use crate::{
     backup::index,
-    failure::Failure,
+    failure::{Code, Failure},
     repository::{Repository, damaged},
 };
 
@@ -59,6 +61,48 @@ impl Filling<'_> {
         let mut held = self.hold(backup).await?;
         change(&mut held)?;
         // Here, so that a damaged one ends the restore before anything is startable.
+        let manifest = self.directory.create("backup_manifest")?;
+        self.read_stored(backup, BackupObject::Manifest, backup.manifest, u64::MAX - 1, manifest).await?;
+        Ok(held)
+    }
+
+    /// The same where some files are there already, and right: reads only the frames in which the others are.
+    ///
+    /// # Errors
+    /// As [`Filling::full`].
+    pub async fn rest(
+        &self,
+        backup: &BackupRecord,
+        stretches: Vec<Stretch>,
+        change: impl Fn(&mut [HeldFile]) -> Result<(), Failure>,
+    ) -> Result<Vec<HeldFile>, Failure> {
+        let unpacker = self.unpacker.keeping();
+        let mut waiting = stretches.into_iter();
+        self.each(&unpacker, || {
+            let stretch = waiting.next()?;
+            let (repository, unpacker) = (self.repository.clone(), unpacker.clone());
+            let key = repository.layout().backup(backup.id, BackupObject::Part(stretch.part));
+            Some(async move {
+                let opened = repository.open_range(&key, stretch.from, stretch.len).await?;
+                let Some((_, reader)) = opened else { return Err(damaged(key.as_str(), "it is missing")) };
+                let why = reader.failure();
+                tokio::task::spawn_blocking(move || {
+                    let plain = zstd::stream::read::Decoder::new(reader)
+                        .map_err(|error| Failure::io("setting zstd up", &error))?;
+                    match unpacker.unpack_stretch(plain, stretch.files)? {
+                        Ok(()) => Ok(()),
+                        Err(error) => Err(match why.or_io("", &error) {
+                            failure if failure.code == Code::Io => damaged(key.as_str(), &error.to_string()),
+                            failure => failure,
+                        }),
+                    }
+                })
+                .await?
+            })
+        })
+        .await?;
+        let mut held = self.hold(backup).await?;
+        change(&mut held)?;
         let manifest = self.directory.create("backup_manifest")?;
         self.read_stored(backup, BackupObject::Manifest, backup.manifest, u64::MAX - 1, manifest).await?;
         Ok(held)
@@ -113,17 +157,30 @@ impl Filling<'_> {
     async fn unpack_parts(&self, backup: &BackupRecord, unpacker: &Unpacker) -> Result<(), Failure> {
         let (_, parts) = split_last(backup)?;
         let mut waiting = parts.iter();
+        self.each(unpacker, || {
+            let part = *waiting.next()?;
+            let (repository, unpacker) = (self.repository.clone(), unpacker.clone());
+            let key = repository.layout().backup(backup.id, BackupObject::Part(part.number));
+            Some(async move {
+                let reader = repository.open_stored(&key, part.stored).await?;
+                tokio::task::spawn_blocking(move || unpacker.unpack(reader, &part)).await?
+            })
+        })
+        .await
+    }
+
+    /// Does what `next` gives, several at a time, until it gives nothing more or one has failed. Returns only when all have
+    /// ended.
+    async fn each<F>(&self, unpacker: &Unpacker, mut next: impl FnMut() -> Option<F>) -> Result<(), Failure>
+    where
+        F: Future<Output = Result<(), Failure>> + Send + 'static,
+    {
         let mut running = JoinSet::new();
         let mut failure: Option<Failure> = None;
         loop {
             while failure.is_none() && running.len() < self.parallelism {
-                let Some(part) = waiting.next() else { break };
-                let (repository, part, unpacker) = (self.repository.clone(), *part, unpacker.clone());
-                let key = repository.layout().backup(backup.id, BackupObject::Part(part.number));
-                running.spawn(async move {
-                    let reader = repository.open_stored(&key, part.stored).await?;
-                    tokio::task::spawn_blocking(move || unpacker.unpack(reader, &part)).await?
-                });
+                let Some(work) = next() else { break };
+                running.spawn(work);
             }
             match running.join_next().await {
                 None => break,
@@ -186,9 +243,16 @@ impl Filling<'_> {
     async fn prune(&self, kept: Paths) -> Result<(), Failure> {
         let (root, tablespaces) = (self.directory.path().to_owned(), self.tablespaces.clone());
         let prune = move || {
-            prune(&root, Path::new(""), &kept, &[MARKER, "backup_manifest"])?;
+            // Only what belongs to this restore is looked at where more stands beside it.
+            prune(&root, Path::new(""), &kept, &|name| {
+                [MARKER, replace::MARKER, "backup_manifest"].iter().any(|alone| name == *alone)
+                    || name == "pg_wal"
+                    || name.to_str().is_some_and(stays_inside)
+            })?;
             tablespaces.iter().try_for_each(|(oid, location)| {
-                prune(location, &Path::new("pg_tblspc").join(oid.to_string()), &kept, &[MARKER])
+                prune(location, &Path::new("pg_tblspc").join(oid.to_string()), &kept, &|name| {
+                    name == MARKER || !name.to_str().is_some_and(|name| name.starts_with("PG_"))
+                })
             })
         };
         let pruned = tokio::task::spawn_blocking(prune).await?;

@@ -23,8 +23,8 @@ mod chain;
 pub mod directory;
 mod layer;
 mod manifest;
-pub mod order;
 mod prune;
+pub mod replace;
 mod room;
 pub(crate) mod running;
 pub mod snapshot;
@@ -260,15 +260,9 @@ fn make_startable(
     held: Vec<HeldFile>,
 ) -> Result<(), Failure> {
     let root = directory.path();
-    let mut files: BTreeMap<String, HeldFile> = held.into_iter().map(|file| (file.path.clone(), file)).collect();
-    let mut take = |path: &str| {
-        files.remove(path).ok_or_else(|| damaged("the last part of the backup", &format!("it lacks {path}")))
-    };
-    let (version, control, label) = (take("PG_VERSION")?, take("global/pg_control")?, take("backup_label")?);
-    let map = take("tablespace_map").ok();
-    let files = RecoveryFiles { label: &label.content, map: map.as_ref().map(|map| map.content.as_slice()) };
+    let held = HeldFiles::sort(held)?;
     // Remapped already.
-    write_recovery_files(directory, &files, &BTreeMap::new(), major, settings)?;
+    write_recovery_files(directory, &held.recovery(), &BTreeMap::new(), major, settings)?;
     for (oid, target) in &places.links {
         let link = root.join("pg_tblspc").join(oid.to_string());
         symlink(target, &link).map_err(|error| Failure::io(format!("linking {}", link.display()), &error))?;
@@ -277,9 +271,69 @@ fn make_startable(
         move_wal(directory, wal, major)?;
     }
     directory.sync_file_systems()?;
-    directory.write_durably("global/pg_control", &control.content)?;
-    directory.write_durably("PG_VERSION", &version.content)?;
+    directory.write_durably("global/pg_control", &held.control.content)?;
+    directory.write_durably("PG_VERSION", &held.version.content)?;
     directory.release()
+}
+
+/// Steps 6 to 9 over a database that was there: links lead to their tablespaces, whatever they led to, and the last thing
+/// that goes is this marker.
+fn finish_over(
+    directory: &TargetDirectory,
+    links: &BTreeMap<u32, PathBuf>,
+    major: u32,
+    settings: &RecoverySettings,
+    held: Vec<HeldFile>,
+    marker: &str,
+) -> Result<(), Failure> {
+    let root = directory.path();
+    let wal = root.join("pg_wal");
+    for name in empty_wal_subdirectories(major) {
+        let path = wal.join(name);
+        let make = || -> io::Result<()> {
+            match fs::DirBuilder::new().mode(0o700).create(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+                made => made?,
+            }
+            let like = fs::metadata(root)?;
+            directory.own(&path, (like.uid(), like.gid()))
+        };
+        make().map_err(|error| Failure::io(format!("creating {}", path.display()), &error))?;
+    }
+    let held = HeldFiles::sort(held)?;
+    write_recovery_files(directory, &held.recovery(), &BTreeMap::new(), major, settings)?;
+    for (oid, target) in links {
+        snapshot::link(root, *oid, target)?;
+    }
+    directory.sync_file_systems()?;
+    directory.write_durably("global/pg_control", &held.control.content)?;
+    directory.write_durably("PG_VERSION", &held.version.content)?;
+    remove_if_there(&root.join(marker))?;
+    let synced = fs::File::open(root).and_then(|directory| directory.sync_all());
+    synced.map_err(|error| Failure::io(format!("syncing {}", root.display()), &error))
+}
+
+/// The files of a backup's last part.
+struct HeldFiles {
+    version: HeldFile,
+    control: HeldFile,
+    label: HeldFile,
+    map: Option<HeldFile>,
+}
+
+impl HeldFiles {
+    fn sort(held: Vec<HeldFile>) -> Result<HeldFiles, Failure> {
+        let mut files: BTreeMap<String, HeldFile> = held.into_iter().map(|file| (file.path.clone(), file)).collect();
+        let mut take = |path: &str| {
+            files.remove(path).ok_or_else(|| damaged("the last part of the backup", &format!("it lacks {path}")))
+        };
+        let (version, control, label) = (take("PG_VERSION")?, take("global/pg_control")?, take("backup_label")?);
+        Ok(HeldFiles { version, control, label, map: take("tablespace_map").ok() })
+    }
+
+    fn recovery(&self) -> RecoveryFiles<'_> {
+        RecoveryFiles { label: &self.label.content, map: self.map.as_ref().map(|map| map.content.as_slice()) }
+    }
 }
 
 /// Puts a link in the place of pg_wal, which is empty, and makes the directory that it will lead to.

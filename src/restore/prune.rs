@@ -1,6 +1,7 @@
 //! Removes what a directory has and the restored backup hasn't.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -8,24 +9,29 @@ use std::{
 use super::layer::Paths;
 
 /// Removes all files and directories below `location` that aren't `kept`; `path` is where it lies in the data directory,
-/// empty for that itself. What has one of the names in `left_alone` at the top stays. No link is followed: what one
+/// empty for that itself. What is `left_alone` by its name at the top stays. No link is followed: what one
 /// points to isn't touched.
 ///
 /// # Errors
 /// If something can't be removed or read; with where.
-pub fn prune(location: &Path, path: &Path, kept: &Paths, left_alone: &[&str]) -> Result<(), (PathBuf, io::Error)> {
+pub fn prune(
+    location: &Path,
+    path: &Path,
+    kept: &Paths,
+    left_alone: &dyn Fn(&OsStr) -> bool,
+) -> Result<(), (PathBuf, io::Error)> {
     let failed = |error| (location.to_owned(), error);
     for entry in fs::read_dir(location).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name();
-        if left_alone.iter().any(|alone| name == *alone) {
+        if left_alone(&name) {
             continue;
         }
         let (inner, path) = (entry.path(), path.join(&name));
         let is_directory = entry.file_type().map_err(failed)?.is_dir();
         let removed = match (kept.contains(path.as_os_str().as_encoded_bytes()), is_directory) {
             (true, true) => {
-                prune(&inner, &path, kept, &[])?;
+                prune(&inner, &path, kept, &|_| false)?;
                 Ok(())
             }
             (true, false) => Ok(()),
@@ -60,7 +66,7 @@ mod tests {
         for path in ["base", "base/5", "base/5/1", "base/9/1"] {
             assert!(kept.insert(path.as_bytes()));
         }
-        prune(&root, Path::new(""), &kept, &["marker"]).unwrap();
+        prune(&root, Path::new(""), &kept, &|name| name == "marker").unwrap();
         let left = |directory: &Path| {
             let mut names: Vec<_> = fs::read_dir(directory)
                 .unwrap()
@@ -74,7 +80,7 @@ mod tests {
         assert_eq!(left(&root.join("base/5")), ["1"]);
         assert_eq!(left(&outside), ["1"]);
         // A tablespace's own directory.
-        prune(&outside, Path::new("pg_tblspc/7"), &kept, &[]).unwrap();
+        prune(&outside, Path::new("pg_tblspc/7"), &kept, &|_| false).unwrap();
         assert_eq!(left(&outside), [""; 0]);
     }
 }

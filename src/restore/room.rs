@@ -46,6 +46,14 @@ pub async fn needed(
 /// # Errors
 /// [`Code::TargetDirectory`] with what is there and what is needed.
 pub fn check(needed: &[(PathBuf, u64)]) -> Result<(), Failure> {
+    check_with(needed, &[])
+}
+
+/// The same where so many bytes in these directories will be replaced.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_with(needed: &[(PathBuf, u64)], replaced: &[(PathBuf, u64)]) -> Result<(), Failure> {
     // The nearest directory that exists tells which file system it will be.
     let existing = |path: &Path| path.ancestors().find(|ancestor| ancestor.exists()).map(Path::to_owned);
     let mut systems: BTreeMap<u64, (PathBuf, u64)> = BTreeMap::new();
@@ -54,9 +62,11 @@ pub fn check(needed: &[(PathBuf, u64)]) -> Result<(), Failure> {
         let Ok(meta) = path.metadata() else { continue };
         systems.entry(meta.dev()).or_insert((path, 0)).1 += bytes;
     }
-    for (path, bytes) in systems.into_values() {
+    for (device, (path, bytes)) in systems {
         let Ok(stat) = rustix::fs::statvfs(&path) else { continue };
-        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+        let on_it = |path: &Path| path.metadata().is_ok_and(|meta| meta.dev() == device);
+        let given_back: u64 = replaced.iter().filter(|(path, _)| on_it(path)).map(|(_, bytes)| bytes).sum();
+        let free = stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(given_back);
         if free < bytes.saturating_add(RESERVE_BYTES) {
             return Err(Failure::new(
                 Code::TargetDirectory,

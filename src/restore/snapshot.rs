@@ -343,7 +343,7 @@ fn tidy(directory: &TargetDirectory, major: u32) -> Result<(), Failure> {
 }
 
 /// Makes a link lead to its tablespace, whatever it led to.
-fn link(root: &Path, oid: u32, target: &Path) -> Result<(), Failure> {
+pub(super) fn link(root: &Path, oid: u32, target: &Path) -> Result<(), Failure> {
     let link = root.join("pg_tblspc").join(oid.to_string());
     if fs::read_link(&link).is_ok_and(|old| old == target) {
         return Ok(());

@@ -52,6 +52,8 @@ pub struct Unpacker {
     progress: Arc<Progress>,
     /// Which backup of a chain it is; `None` if it's one by itself.
     layer: Option<Arc<Layer>>,
+    /// Whether files that are there already are right, and stay.
+    keeps: bool,
 }
 
 /// A file of the last part, kept in memory until its turn.
@@ -90,12 +92,39 @@ impl Meta {
 impl Unpacker {
     /// An unpacker for this directory; tablespaces go to their own.
     pub fn new(directory: &TargetDirectory, tablespaces: BTreeMap<u32, PathBuf>, progress: Arc<Progress>) -> Unpacker {
-        Unpacker { directory: directory.clone(), tablespaces: Arc::new(tablespaces), progress, layer: None }
+        Unpacker {
+            directory: directory.clone(),
+            tablespaces: Arc::new(tablespaces),
+            progress,
+            layer: None,
+            keeps: false,
+        }
     }
 
     /// The same for a backup of a chain.
     pub fn for_layer(&self, layer: Arc<Layer>) -> Unpacker {
         Unpacker { layer: Some(layer), ..self.clone() }
+    }
+
+    /// The same for a directory in which every file that is there is as it has to be.
+    pub fn keeping(&self) -> Unpacker {
+        Unpacker { keeps: true, ..self.clone() }
+    }
+
+    /// Unpacks a stretch of a part: whole frames, in which so many files begin. Blocks. Answers with what is wrong with the
+    /// bytes, if anything is.
+    ///
+    /// # Errors
+    /// [`Code::Io`] if they can't be written.
+    pub fn unpack_stretch(&self, mut plain: impl Read, files: u64) -> Result<Result<(), io::Error>, Failure> {
+        let mut found = 0;
+        match self.entries(&mut plain, &mut found) {
+            Err(Trouble::Cancelled) => Err(Failure::new(Code::Busy, "given up")),
+            Err(Trouble::Target(path, error)) => Err(Failure::io(format!("writing {}", path.display()), &error)),
+            Err(Trouble::Source(error)) => Ok(Err(error)),
+            Ok(()) if found != files => Ok(Err(io::Error::other(format!("it holds {found} files instead of {files}")))),
+            Ok(()) => Ok(Ok(())),
+        }
     }
 
     /// Makes all threads end soon.
@@ -173,6 +202,10 @@ impl Unpacker {
     ) -> Result<(), Trouble> {
         if path.to_str().is_some_and(|path| NOT_IN_PARTS.contains(&path)) {
             return Err(bad(format!("it holds {}, which belongs in the last part", path.display())));
+        }
+        if self.keeps && fs::symlink_metadata(target).is_ok() {
+            self.progress.bytes.fetch_add(entry.size(), Relaxed);
+            return Ok(());
         }
         let Some(layer) = &self.layer else {
             return self.make_file(target, meta, entry, buffer, false).map(drop);

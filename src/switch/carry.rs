@@ -102,6 +102,7 @@ fn prepare(data: &Place, switch: &mut Switch, watch: Watch<'_>) -> Result<(), Fa
     match &switch.purpose {
         Purpose::Restore { timeline, to_the_end: true, .. } => wal::take_along(switch, *timeline)?,
         Purpose::Restore { .. } => {}
+        Purpose::Replace { .. } => return Err(Failure::internal("a database that is restored over is not switched")),
         Purpose::Undo { restore_command, .. } => leave_taken_timeline(switch, restore_command)?,
     }
     switch.phase = Phase::Switching;

@@ -15,9 +15,13 @@
 //!    directory last, its `PG_VERSION` at its very end. A data directory alone is exchanged by one rename.
 //! 5. What was there before is whole again, where it's kept; the note goes there too.
 //!
+//! Where there's no room for two databases, one is restored over the other (`src/restore/replace.rs`): this is noted here in
+//! the same way, WAL that is nowhere else is kept, and nothing is staged.
+//!
 //! `restore undo` is the same with what was kept in the place of what was restored. Only `restore clean` deletes a database,
 //! and only one that is no longer in its place.
 
+mod asked;
 mod carry;
 mod kept;
 mod note;
@@ -34,12 +38,13 @@ use pgsidecar_core::{
 };
 
 pub use self::{
+    asked::{Asker, before_start},
     carry::carry_out,
     kept::{Kept, clean, list, undo},
 };
 use self::{
     note::lock,
-    places::{Layout, NewTablespace, Place, inode, lay_out},
+    places::{Layout, NewTablespace, Place, inode, lay_out, lay_out_data},
 };
 use crate::{
     failure::{Code, Failure},
@@ -179,6 +184,9 @@ pub fn describe(purpose: &Purpose) -> String {
     match purpose {
         Purpose::Restore { backup, target, timeline, .. } => {
             format!("the restore of backup {backup}, to {target} on timeline {timeline},")
+        }
+        Purpose::Replace { backup, timeline, .. } => {
+            format!("the restore of backup {backup} over the database, on timeline {timeline},")
         }
         Purpose::Undo { of, .. } => format!("the undoing of the restore of {of}"),
     }

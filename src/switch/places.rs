@@ -175,6 +175,11 @@ pub fn lay_out(
     Ok(Layout { roots, tablespaces: written, wal_link })
 }
 
+/// The data directory alone: it's restored over, and nothing is staged.
+pub fn lay_out_data(data: &Place, id: SwitchId, purpose: &Purpose) -> Root {
+    Root { staged: None, ..data.root(Role::Data, id, purpose) }
+}
+
 fn major_version(pgdata: &DataDirectory) -> Result<u32, Failure> {
     let path = pgdata.path().join("PG_VERSION");
     let text = fs::read_to_string(&path).map_err(|error| Failure::io(format!("reading {}", path.display()), &error))?;

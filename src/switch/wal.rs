@@ -2,9 +2,9 @@
 //! unarchived WAL segment files").
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Read},
-    os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, chown},
     path::{Path, PathBuf},
 };
 
@@ -25,30 +25,67 @@ pub fn take_along(switch: &Switch, timeline: TimelineId) -> Result<(), Failure> 
     let Some(staged) = root.staged.as_deref() else { return Ok(()) };
     let elsewhere = switch.roots.iter().find(|root| root.role == Role::Wal).and_then(|root| root.staged.clone());
     let to = elsewhere.unwrap_or_else(|| staged.join("pg_wal"));
-    let pgdata = DataDirectory::open(&root.live)?;
+    let taken = copy_unarchived(&root.live, &to, Some(timeline))?;
+    tracing::info!(files = taken, "WAL that isn't archived was taken along");
+    Ok(())
+}
+
+/// Copies the segments that aren't marked as archived, of this timeline or of all, and histories.
+fn copy_unarchived(data: &Path, to: &Path, timeline: Option<TimelineId>) -> Result<usize, Failure> {
+    let pgdata = DataDirectory::open(data)?;
     let size = pgdata.control()?.wal_segment_size;
     let mut taken = 0;
     for path in files(&pgdata.wal())? {
         let Some(Ok(name)) = path.file_name().and_then(|name| name.to_str()).map(str::parse::<ArchiveFileName>) else {
             continue;
         };
+        let is_of = |of: TimelineId| timeline.is_none_or(|timeline| of == timeline);
         let wanted = match name {
             ArchiveFileName::Segment(segment) => {
                 let archived = pgdata.is_finished(&name) && !pgdata.is_ready(&name);
-                segment.timeline() == timeline && !archived && is_in_place(&path, segment.start(size))
+                is_of(segment.timeline()) && !archived && is_in_place(&path, segment.start(size))
             }
-            ArchiveFileName::History(of) => of == timeline,
+            ArchiveFileName::History(of) => is_of(of),
             _ => false,
         };
         if wanted {
-            copy(&path, &to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
+            copy(&path, to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
             taken += 1;
         }
     }
-    let synced = File::open(&to).and_then(|directory| directory.sync_all());
+    let synced = File::open(to).and_then(|directory| directory.sync_all());
     synced.map_err(|error| Failure::io(format!("syncing {}", to.display()), &error))?;
-    tracing::info!(files = taken, "WAL that isn't archived was taken along");
+    Ok(taken)
+}
+
+/// Copies WAL that is nowhere else to `kept/pg_wal`, before a database is restored over.
+///
+/// # Errors
+/// If it can't be read or written.
+pub fn save(data: &Path, kept: &Path) -> Result<(), Failure> {
+    let to = kept.join("pg_wal");
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(&to);
+    made.map_err(|error| Failure::io(format!("creating {}", to.display()), &error))?;
+    let saved = copy_unarchived(data, &to, None)?;
+    tracing::info!(files = saved, kept = %to.display(), "WAL that isn't archived is kept");
     Ok(())
+}
+
+/// The names of the files of this timeline that were saved.
+///
+/// # Errors
+/// If they can't be read.
+pub fn saved(kept: &Path, timeline: TimelineId) -> Result<Vec<String>, Failure> {
+    let names = files(&kept.join("pg_wal"))?.into_iter().filter_map(|path| {
+        let name = path.file_name()?.to_str()?.to_owned();
+        let of = match name.parse().ok()? {
+            ArchiveFileName::Segment(segment) => segment.timeline(),
+            ArchiveFileName::History(of) => of,
+            _ => return None,
+        };
+        (of == timeline).then_some(name)
+    });
+    Ok(names.collect())
 }
 
 fn files(directory: &Path) -> Result<Vec<PathBuf>, Failure> {

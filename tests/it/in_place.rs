@@ -2,8 +2,10 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
 };
 
 use crate::support::{
@@ -185,4 +187,111 @@ fn it_does_so_on_a_mount_point_with_wal_and_tablespaces_elsewhere_pg17() {
     for volume in ["volume", "wal-volume"] {
         fs::set_permissions(scratch.path().join(volume), fs::Permissions::from_mode(0o755)).unwrap();
     }
+}
+
+/// The file of a table, relative to the data directory.
+fn file_of(postgres: &Postgres, table: &str) -> PathBuf {
+    postgres.data.join(postgres.sql(&format!("SELECT pg_relation_filepath('{table}')")))
+}
+
+#[test]
+fn without_room_for_two_it_replaces_what_differs_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::s3();
+    let mut there = elsewhere(&scratch, &repository, 15);
+    let Elsewhere { postgres, sidecar, data } = &mut there;
+    postgres.sql("CREATE TABLE quiet AS SELECT n, repeat('x', 500) AS t FROM generate_series(1, 20000) n");
+    postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
+    postgres.sql("CREATE TABLE gone AS SELECT generate_series(1, 1000) AS n");
+    // Hint bits, so that the table stays as it is.
+    postgres.sql("VACUUM FREEZE");
+    postgres.sql("CHECKPOINT");
+    back_up(sidecar);
+    let before = postgres.now();
+    postgres.sql("INSERT INTO rows VALUES (2); DROP TABLE gone; DELETE FROM in_one");
+    postgres.sql("CREATE DATABASE later");
+    postgres.sql("CREATE TABLE later AS SELECT generate_series(1, 100000) AS n");
+    let (quiet, later) = (file_of(postgres, "quiet"), file_of(postgres, "later"));
+    let inode = fs::metadata(&quiet).unwrap().ino();
+    ship_wal(postgres);
+    postgres.sql("INSERT INTO rows VALUES (3)");
+
+    let replace = ["restore", "run", "--in-place", "--replace", "--target-time", &before];
+    let said = sidecar.fails(2, &replace);
+    assert!(said.contains("has to be confirmed") && said.contains("--yes"), "{said}");
+    sidecar.ok(&[&replace[..], &["--yes"]].concat());
+    assert_eq!(rows(postgres), "1,2,3", "nothing has happened yet");
+    assert!(sidecar.fails(73, &["restore", "switch"]).contains("a server runs on"));
+    postgres.stop("fast");
+
+    // Killed again and again: PostgreSQL never starts on it, and it goes on.
+    let mut ended = false;
+    for tries in 1..200 {
+        let mut switch = sidecar.command(Sidecar::program());
+        let mut switch =
+            switch.args(["restore", "switch"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(20 * tries));
+        switch.kill().unwrap();
+        let output = switch.wait_with_output().unwrap();
+        let begun = data.join("pgsidecar.replacing").exists();
+        assert!(!begun || !data.join("PG_VERSION").exists() || output.status.success());
+        if output.status.success() {
+            ended = true;
+            break;
+        }
+    }
+    assert!(ended);
+    assert!(!data.join("pgsidecar.replacing").exists() && !later.exists());
+    assert_eq!(fs::metadata(&quiet).unwrap().ino(), inode, "a file that is the same was written anew");
+    postgres.start(&[]);
+    postgres.wait_for_promotion();
+    assert_eq!(rows(postgres), "1");
+    assert_eq!(postgres.sql("SELECT count(*) || ' ' || max(length(t)) FROM quiet"), "20000 500");
+    assert_eq!(postgres.sql("SELECT count(*) FROM gone"), "1000");
+    assert_eq!(postgres.sql("SELECT count(*) FROM pg_database WHERE datname = 'later'"), "0");
+    assert_eq!(there.counts(), "100 100");
+    let kept = there.sidecar.ok(&["restore", "list"]);
+    assert!(kept.contains("Kept WAL that wasn't archived"), "{kept}");
+    assert!(there.sidecar.fails(1, &["restore", "undo"]).contains("nothing is kept"));
+
+    // To the end: what no archive has is still there.
+    let Elsewhere { postgres, sidecar, .. } = &mut there;
+    back_up(sidecar);
+    ship_wal(postgres);
+    sidecar.ok(&["restore", "run", "--in-place", "--replace", "--yes"]);
+    sidecar.kill();
+    postgres.sql("INSERT INTO rows VALUES (9)");
+    postgres.stop("immediate");
+    sidecar.start();
+    sidecar.ok(&["restore", "switch"]);
+    postgres.start(&[]);
+    postgres.wait_for_promotion();
+    assert_eq!(rows(postgres), "1,9");
+    sidecar.ok(&["restore", "clean", "--yes"]);
+    for volume in ["volume", "wal-volume"] {
+        fs::set_permissions(scratch.path().join(volume), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
+
+#[test]
+fn a_chain_replaces_as_well_pg17() {
+    let scratch = Scratch::new();
+    let repository = Repository::s3();
+    let (mut postgres, sidecar) = archiving(&scratch, 17, &["--wal-segsize=1"], &repository);
+    postgres.sql("ALTER SYSTEM SET summarize_wal = on");
+    postgres.sql("SELECT pg_reload_conf()");
+    postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
+    postgres.sql("CREATE TABLE many AS SELECT generate_series(1, 50000) AS n");
+    sidecar.ok(&["backup", "create", "--fast", "--type", "full"]);
+    postgres.sql("INSERT INTO rows VALUES (2); UPDATE many SET n = -n WHERE n < 1000");
+    let id = sidecar.json(&["backup", "create", "--fast", "--type", "incremental"])["id"].as_str().unwrap().to_owned();
+    assert!(id.ends_with("-incremental"), "{id}");
+    let before = postgres.now();
+    postgres.sql("DROP TABLE many; INSERT INTO rows VALUES (3)");
+    ship_wal(&postgres);
+    sidecar.ok(&["restore", "run", "--in-place", "--replace", "--yes", "--target-time", &before]);
+    switched(&mut postgres, &sidecar);
+    assert_eq!(rows(&postgres), "1,2");
+    assert_eq!(postgres.sql("SELECT count(*) || ' ' || min(n) FROM many"), "50000 -999");
+    assert!(!postgres.data.join("pgsidecar.replacing").exists());
 }

@@ -5,6 +5,7 @@
 //! the server starts with. Whether a target can be reached is not known here.
 
 mod auto_conf;
+mod order;
 mod target_time;
 
 use std::{fmt, str::FromStr};
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Lsn, TimelineId};
 
 pub use auto_conf::rewrite_auto_conf;
+pub use order::{InvalidTarget, RestoreOrder, Target};
 pub use target_time::{TargetTimeError, parse_target_time};
 
 /// Where recovery ends ("Recovery Target" in the manual).

@@ -17,8 +17,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{
-    BackupId, ParseIdError, TimelineId,
+    BackupId, ParseIdError, SystemIdentifier, TimelineId,
     backup::{format_id_time, parse_id_time},
+    recovery::RestoreOrder,
 };
 
 /// What stands inside a directory of PostgreSQL's begins like this: PostgreSQL's own base backup, pg_rewind and
@@ -147,6 +148,17 @@ pub enum Purpose {
         timeline: TimelineId,
         /// Whether all WAL is wanted: what the old directory has and the archive hasn't is taken along.
         to_the_end: bool,
+    },
+    /// A restore over the database that is there: what it has is overwritten.
+    Replace {
+        /// Whose repository it comes from.
+        system: SystemIdentifier,
+        /// The backup that is restored.
+        backup: BackupId,
+        /// The timeline on which recovery ends.
+        timeline: TimelineId,
+        /// What was asked for.
+        order: Box<RestoreOrder>,
     },
     /// What was there before an earlier switch comes back.
     Undo {

@@ -2,14 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use pgsidecar_core::{
-    BackupId, Lsn, TimelineId,
-    plan::RestoreRequest,
-    recovery::{RecoveryTarget, TargetAction, parse_target_time},
-};
 use serde::{Deserialize, Serialize};
 
-use crate::failure::{Code, Failure};
+use super::{InvalidRestorePointName, RecoveryTarget, TargetAction, TargetTimeError, parse_target_time};
+use crate::{BackupId, Lsn, TimelineId, plan::RestoreRequest};
 
 /// A restore in the place of the database that is there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +21,8 @@ pub struct RestoreOrder {
     pub exclusive: bool,
     /// What the server does there.
     pub action: TargetAction,
+    /// Whether the database that is there is overwritten, because there's no room for two.
+    pub replace: bool,
     /// Tablespaces that go elsewhere: their old location to the new one.
     pub tablespaces: BTreeMap<String, String>,
     /// With what the server gets its WAL; pgsidecar-wal where it's left out.
@@ -64,20 +62,30 @@ impl From<RecoveryTarget> for Target {
     }
 }
 
+/// The target makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidTarget {
+    /// As a time.
+    #[error(transparent)]
+    Time(#[from] TargetTimeError),
+    /// As the name of a restore point.
+    #[error(transparent)]
+    Name(#[from] InvalidRestorePointName),
+}
+
 impl RestoreOrder {
     /// What has to be planned.
     ///
     /// # Errors
-    /// [`Code::InvalidRequest`] if the target makes no sense.
-    pub fn request(&self) -> Result<RestoreRequest, Failure> {
-        let invalid = |error: &dyn std::fmt::Display| Failure::new(Code::InvalidRequest, error.to_string());
+    /// If the target makes no sense.
+    pub fn request(&self) -> Result<RestoreRequest, InvalidTarget> {
         let target = match &self.target {
             Target::Latest => RecoveryTarget::Latest,
             Target::Immediate => RecoveryTarget::Immediate,
-            Target::Time(text) => RecoveryTarget::Time(parse_target_time(text).map_err(|error| invalid(&error))?),
+            Target::Time(text) => RecoveryTarget::Time(parse_target_time(text)?),
             Target::Lsn(lsn) => RecoveryTarget::Lsn(*lsn),
             Target::Xid(xid) => RecoveryTarget::Xid(*xid),
-            Target::Name(name) => RecoveryTarget::Name(name.parse().map_err(|error| invalid(&error))?),
+            Target::Name(name) => RecoveryTarget::Name(name.parse()?),
         };
         Ok(RestoreRequest { target, timeline: self.timeline, backup: self.backup })
     }
@@ -98,6 +106,6 @@ mod tests {
         assert!(serde_json::from_str::<RestoreOrder>(r#"{"to": "/data"}"#).is_err());
         let zoneless =
             RestoreOrder { target: Target::Time("2026-11-21 06:15:00".to_owned()), ..RestoreOrder::default() };
-        assert_eq!(zoneless.request().unwrap_err().code, Code::InvalidRequest);
+        assert!(matches!(zoneless.request(), Err(InvalidTarget::Time(_))));
     }
 }
