@@ -15,13 +15,16 @@ use pgsidecar::{
     store::fault::Operation,
 };
 use pgsidecar_core::{
-    BackupId, BackupKind, BackupRecord, Lsn, TimelineId,
-    backup::BACKUP_FORMAT,
+    BackupKind, BackupRecord, Lsn, TimelineId,
     backup_manifest::{ManifestVersion, ManifestWriter, WalRange},
     layout::{BackupObject, RepositoryObject},
 };
 
-use super::{FAULTS, check_restored, noise, restore_it, support::World};
+use super::{
+    FAULTS, noise,
+    restores::{check_restored, restore_it},
+    support::{StoredBackup, World, backup_id, positions},
+};
 
 /// Large enough that its part is written in several pieces.
 const LARGE: usize = 2 << 20;
@@ -42,9 +45,8 @@ fn make_files(world: &World) {
 async fn back_up(world: &World, second: i64) -> Result<BackupRecord, Failure> {
     let repository = world.repository.clone();
     let control = world.control();
-    let began = "2026-11-21T06:15:00Z".parse::<jiff::Timestamp>().unwrap();
-    let began = jiff::Timestamp::from_second(began.as_second() + second).unwrap();
-    let id = BackupId::new(began, BackupKind::Full);
+    let id = backup_id(second, BackupKind::Full);
+    let (start_lsn, stop_lsn) = positions(id);
     let source = Source {
         root: world.pgdata.path().to_owned(),
         major: 15,
@@ -56,7 +58,6 @@ async fn back_up(world: &World, second: i64) -> Result<BackupRecord, Failure> {
     let packer = Packer::new(repository.clone(), id, source, effort, Arc::new(Progress::default()));
     let manifest = ManifestWriter::new(ManifestVersion::V1, control.system_identifier);
     let mut listing = Listing::start(&tokio::runtime::Handle::current(), &repository, id, manifest)?;
-    let (start_lsn, stop_lsn) = ("0/700028".parse().unwrap(), "0/700100".parse().unwrap());
     let root = world.pgdata.path().to_owned();
     let packed = tokio::task::spawn_blocking(move || {
         let (mut parts, _) = packer.pack(&mut listing)?;
@@ -71,32 +72,14 @@ async fn back_up(world: &World, second: i64) -> Result<BackupRecord, Failure> {
         Ok::<_, Failure>((parts, listing.finish(&wal)?))
     });
     let (parts, listed) = packed.await??;
-    let record = BackupRecord {
-        format: BACKUP_FORMAT,
-        id,
-        parent: None,
-        system_identifier: control.system_identifier,
-        server_version: 150_000,
-        timeline: TimelineId::FIRST,
-        start_lsn,
-        stop_lsn,
-        started_at: began,
-        stopped_at: began,
-        next_xid_at_stop: 800,
-        from_standby: false,
-        wal_segment_size: control.wal_segment_size,
-        block_size: control.block_size,
-        data_checksums: false,
-        tablespaces: Vec::new(),
+    let stored = StoredBackup {
         parts,
         manifest: listed.manifest,
         index: listed.index,
         files: listed.files,
         restored_bytes: listed.restored_bytes,
-        damaged: Vec::new(),
-        warnings: Vec::new(),
-        writer: "a test".to_owned(),
     };
+    let record = world.record(id, None, stored);
     pgsidecar::backup::complete::check_parts(&repository, &record).await?;
     repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await?;
     Ok(record)
@@ -124,7 +107,7 @@ async fn a_backup_with_a_fault_at_each_call_is_whole_or_not_listed() {
                 assert!(nth < 200);
                 let world = World::new();
                 make_files(&world);
-                super::store_wal(&world).await;
+                world.store_wal().await;
                 world.plan.clone().on_nth(nth, operation, "backups/", fault);
                 let taken = back_up(&world, 0).await;
                 let was_met = world.plan.injected() > 0;
@@ -170,7 +153,7 @@ async fn whatever_fails_at_random_what_is_listed_restores() {
             let _ = back_up(&world, second).await;
         }
         world.plan.heal();
-        super::store_wal(&world).await;
+        world.store_wal().await;
         listed += check_all_listed(&world).await;
     }
     assert!(first.is_some() || listed > 3, "{listed}");
