@@ -3,16 +3,18 @@
 //! What a backup asks PostgreSQL for isn't here (`tests/it/crash.rs`, `tests/it/outage.rs`); all that it does with the store
 //! is: parts and lists in threads of their own, the look whether all is there, and the commit marker.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use pgsidecar::{
     backup::{
+        claim::remove_remains,
         listing::Listing,
         pack::{Effort, LastFile, Packer, PageRule, Source},
         progress::Progress,
     },
     failure::Failure,
-    store::fault::Operation,
+    repository::BackupClaim,
+    store::fault::{Fault, Operation},
 };
 use pgsidecar_core::{
     BackupKind, BackupRecord, Lsn, TimelineId,
@@ -23,7 +25,7 @@ use pgsidecar_core::{
 use super::{
     FAULTS, noise,
     restores::{check_restored, restore_it},
-    support::{StoredBackup, World, backup_id, positions},
+    support::{StoredBackup, World, backup_id, last_part, positions},
 };
 
 /// Large enough that its part is written in several pieces.
@@ -157,4 +159,28 @@ async fn whatever_fails_at_random_what_is_listed_restores() {
         listed += check_all_listed(&world).await;
     }
     assert!(first.is_some() || listed > 3, "{listed}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_become_a_backup_since_it_looked_like_remains_is_kept() {
+    let world = World::new();
+    let ids = [0, 1, 2].map(|number| backup_id(number, BackupKind::Full));
+    for id in ids {
+        let claim = BackupClaim { id, instance: "pod-0".to_owned(), attempt: "a".to_owned() };
+        world.repository.store_json(&RepositoryObject::Backup(id, BackupObject::Started), &claim).await.unwrap();
+    }
+    // The first of them takes its time to be removed; all have been looked at by then.
+    let slow = Fault::Delay(Duration::from_secs(2));
+    world.plan.clone().on_nth(1, Operation::Pending, &ids[0].to_string(), slow);
+    let completing = async {
+        while world.plan.injected() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        world.store_backup(ids[1], None, &[last_part(&world)]).await;
+    };
+    let (youngest, ()) = tokio::join!(remove_remains(&world.repository, "pod-0"), completing);
+    assert_eq!(youngest, Some(ids[2]));
+    assert_eq!(world.repository.backup_ids().await.unwrap(), [ids[1]], "and the others are gone");
+    let record = world.repository.backup(ids[1]).await.unwrap().unwrap();
+    pgsidecar::backup::complete::check_parts(&world.repository, &record).await.unwrap();
 }
