@@ -312,6 +312,16 @@ impl Session {
         get::<Option<String>>(&row, 0)?.map(|text| text.parse().map_err(Failure::internal)).transpose()
     }
 
+    /// Up to where the WAL is summarized, in files that are durable (17 and later). [`Lsn::INVALID`] if the server hasn't
+    /// looked yet since it started.
+    ///
+    /// # Errors
+    /// What PostgreSQL says.
+    pub async fn summarized(&self) -> Result<Lsn, Failure> {
+        let sql = "SELECT summarized_lsn::text FROM pg_get_wal_summarizer_state()";
+        lsn(&self.row(sql, &[], STATEMENT_TIMEOUT).await?, 0)
+    }
+
     /// Makes PostgreSQL begin a new WAL segment; answers with the name of the one that it left.
     ///
     /// # Errors

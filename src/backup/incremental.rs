@@ -69,10 +69,43 @@ impl Base {
         start: Lsn,
         patience: Duration,
     ) -> Result<Base, NoBase> {
-        if !history.contains(parent.timeline, parent.stop_lsn) || parent.stop_lsn > start {
-            return Err(NoBase::Because(format!("backup {} isn't a part of this server's past", parent.id)));
+        is_past(parent, history)?;
+        // A standby begins at its last restartpoint, which may be older than the parent's end.
+        if parent.stop_lsn > start {
+            return Err(NoBase::Because(format!(
+                "backup {} ends at {}, and this one begins before that, at {start}; on a standby the primary has to \
+                 make a checkpoint in between",
+                parent.id, parent.stop_lsn
+            )));
         }
-        let ranges = ranges(parent.timeline, parent.start_lsn, history, start);
+        Base::gather(repository, pgdata, parent, history, start, patience).await
+    }
+
+    /// Whether a base on this parent could be prepared now, as far as the WAL is summarized: up to `summarized`, by what
+    /// PostgreSQL says. What it will summarize later isn't asked for.
+    ///
+    /// # Errors
+    /// [`NoBase`].
+    pub async fn look(
+        repository: &Repository,
+        pgdata: &DataDirectory,
+        parent: &BackupRecord,
+        history: &TimelineHistory,
+        summarized: Lsn,
+    ) -> Result<(), NoBase> {
+        is_past(parent, history)?;
+        Base::gather(repository, pgdata, parent, history, summarized, Duration::ZERO).await.map(drop)
+    }
+
+    async fn gather(
+        repository: &Repository,
+        pgdata: &DataDirectory,
+        parent: &BackupRecord,
+        history: &TimelineHistory,
+        until: Lsn,
+        patience: Duration,
+    ) -> Result<Base, NoBase> {
+        let ranges = ranges(parent.timeline, parent.start_lsn, history, until);
         let references = summarized(pgdata, &ranges, patience).await?;
         let collected = index::read(repository, parent, HashMap::new(), |files, entry| {
             let (path, length) = entry.restored();
@@ -100,6 +133,13 @@ impl Base {
     }
 }
 
+fn is_past(parent: &BackupRecord, history: &TimelineHistory) -> Result<(), NoBase> {
+    if history.contains(parent.timeline, parent.stop_lsn) {
+        return Ok(());
+    }
+    Err(NoBase::Because(format!("backup {} isn't a part of this server's past", parent.id)))
+}
+
 fn hash(path: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     path.hash(&mut hasher);
@@ -117,7 +157,7 @@ fn ranges(timeline: TimelineId, from: Lsn, history: &TimelineHistory, start: Lsn
     ranges.filter(|range| range.start < range.end).collect()
 }
 
-/// What the summaries of these ranges say.
+/// What the summaries of these ranges say. Without patience, PostgreSQL has said that all of them are there.
 async fn summarized(
     pgdata: &DataDirectory,
     ranges: &[WalRange],
@@ -134,7 +174,7 @@ async fn summarized(
         let covered: Result<Vec<_>, _> = ranges.iter().map(|range| covering(&there, range)).collect();
         match covered {
             Ok(chosen) => break chosen.into_iter().flatten().collect::<Vec<_>>(),
-            Err(missing) if is_lost(&there, &missing) => {
+            Err(missing) if patience.is_zero() || is_lost(&there, &missing) => {
                 return Err(NoBase::Because(format!(
                     "{missing}: the summaries were removed (wal_summary_keep_time), or never written"
                 )));

@@ -101,6 +101,30 @@ pub async fn found(
     }
 }
 
+/// What will come of a choice if the backup is taken now: whether what [`found`] needs is there, as far as PostgreSQL says
+/// that it has summarized its WAL.
+///
+/// # Errors
+/// The store's, or the file system's.
+pub async fn foreseen(
+    repository: &Repository,
+    pgdata: &DataDirectory,
+    choice: Choice,
+    wanted: BackupType,
+    summarized: Lsn,
+) -> Result<Choice, Failure> {
+    let Some(id) = choice.parent else { return Ok(choice) };
+    let Some(parent) = repository.backup(id).await? else {
+        return Ok(Choice::full_instead(wanted, format!("backup {id} has been removed meanwhile")));
+    };
+    let history = history(repository, pgdata).await?;
+    match Base::look(repository, pgdata, &parent, &history, summarized).await {
+        Ok(()) => Ok(choice),
+        Err(NoBase::Because(because)) => Ok(Choice::full_instead(wanted, because)),
+        Err(NoBase::Failed(failure)) => Err(failure),
+    }
+}
+
 /// The way to the timeline of the server's last checkpoint.
 async fn history(repository: &Repository, pgdata: &DataDirectory) -> Result<TimelineHistory, Failure> {
     let timeline = pgdata.control()?.timeline;

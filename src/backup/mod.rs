@@ -14,7 +14,7 @@
 //! 8. Every part is looked up once more: what is listed must be there.
 //! 9. `backup.json`, the commit marker. From here on it's a backup.
 
-mod claim;
+pub mod claim;
 pub mod complete;
 mod damage;
 pub mod incremental;
@@ -167,7 +167,12 @@ pub async fn plan(
 ) -> Result<Choice, Failure> {
     let session = Session::connect(&settings.connection).await?;
     check_same_server(&session, &pgdata.control()?, pgdata)?;
-    kind::choose(repository, pgdata, session.server(), settings, wanted).await
+    let choice = kind::choose(repository, pgdata, session.server(), settings, wanted).await?;
+    if choice.parent.is_none() {
+        return Ok(choice);
+    }
+    let summarized = session.summarized().await?;
+    kind::foreseen(repository, pgdata, choice, wanted, summarized).await
 }
 
 /// A backup whose id has been claimed.

@@ -180,3 +180,43 @@ impl Walk<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pgsidecar_core::Lsn;
+
+    use super::*;
+    use crate::backup::pack::PageRule;
+
+    #[test]
+    fn a_relation_that_becomes_unlogged_while_its_directory_is_walked_is_left_out_from_then_on() {
+        let root = tempfile::tempdir().unwrap();
+        let base = root.path().join("base/5");
+        fs::create_dir_all(&base).unwrap();
+        for number in 16384..16394 {
+            fs::write(base.join(number.to_string()), "").unwrap();
+        }
+        let source = Source {
+            root: root.path().to_owned(),
+            major: 17,
+            tablespace_directory: String::new(),
+            pages: PageRule { checked: false, backup_start: Lsn::INVALID, segment_blocks: 131_072 },
+            base: None,
+        };
+        let mut mains = Vec::new();
+        let walked = walk(&source, &mut |item| {
+            let Item::File { path, .. } = item else { return Ok(()) };
+            let file = relation_file(path.file_name().unwrap().to_str().unwrap()).unwrap();
+            if file.fork != Fork::Init {
+                mains.push(file.number);
+            }
+            // Whichever comes first: the directory and its init forks are listed by then.
+            for number in (16384..16394).filter(|number| !mains.contains(number)) {
+                fs::write(base.join(format!("{number}_init")), "").unwrap();
+            }
+            Ok(())
+        });
+        walked.unwrap();
+        assert_eq!(mains.len(), 1, "{mains:?}");
+    }
+}

@@ -3,25 +3,30 @@
 //! What a backup asks PostgreSQL for isn't here (`tests/it/crash.rs`, `tests/it/outage.rs`); all that it does with the store
 //! is: parts and lists in threads of their own, the look whether all is there, and the commit marker.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use pgsidecar::{
     backup::{
+        claim::remove_remains,
         listing::Listing,
         pack::{Effort, LastFile, Packer, PageRule, Source},
         progress::Progress,
     },
     failure::Failure,
-    store::fault::Operation,
+    repository::BackupClaim,
+    store::fault::{Fault, Operation},
 };
 use pgsidecar_core::{
-    BackupId, BackupKind, BackupRecord, Lsn, TimelineId,
-    backup::BACKUP_FORMAT,
+    BackupKind, BackupRecord, Lsn, TimelineId,
     backup_manifest::{ManifestVersion, ManifestWriter, WalRange},
     layout::{BackupObject, RepositoryObject},
 };
 
-use super::{FAULTS, check_restored, noise, restore_it, support::World};
+use super::{
+    FAULTS, noise,
+    restores::{check_restored, restore_it},
+    support::{StoredBackup, World, backup_id, last_part, positions},
+};
 
 /// Large enough that its part is written in several pieces.
 const LARGE: usize = 2 << 20;
@@ -42,9 +47,8 @@ fn make_files(world: &World) {
 async fn back_up(world: &World, second: i64) -> Result<BackupRecord, Failure> {
     let repository = world.repository.clone();
     let control = world.control();
-    let began = "2026-11-21T06:15:00Z".parse::<jiff::Timestamp>().unwrap();
-    let began = jiff::Timestamp::from_second(began.as_second() + second).unwrap();
-    let id = BackupId::new(began, BackupKind::Full);
+    let id = backup_id(second, BackupKind::Full);
+    let (start_lsn, stop_lsn) = positions(id);
     let source = Source {
         root: world.pgdata.path().to_owned(),
         major: 15,
@@ -56,7 +60,6 @@ async fn back_up(world: &World, second: i64) -> Result<BackupRecord, Failure> {
     let packer = Packer::new(repository.clone(), id, source, effort, Arc::new(Progress::default()));
     let manifest = ManifestWriter::new(ManifestVersion::V1, control.system_identifier);
     let mut listing = Listing::start(&tokio::runtime::Handle::current(), &repository, id, manifest)?;
-    let (start_lsn, stop_lsn) = ("0/700028".parse().unwrap(), "0/700100".parse().unwrap());
     let root = world.pgdata.path().to_owned();
     let packed = tokio::task::spawn_blocking(move || {
         let (mut parts, _) = packer.pack(&mut listing)?;
@@ -71,32 +74,14 @@ async fn back_up(world: &World, second: i64) -> Result<BackupRecord, Failure> {
         Ok::<_, Failure>((parts, listing.finish(&wal)?))
     });
     let (parts, listed) = packed.await??;
-    let record = BackupRecord {
-        format: BACKUP_FORMAT,
-        id,
-        parent: None,
-        system_identifier: control.system_identifier,
-        server_version: 150_000,
-        timeline: TimelineId::FIRST,
-        start_lsn,
-        stop_lsn,
-        started_at: began,
-        stopped_at: began,
-        next_xid_at_stop: 800,
-        from_standby: false,
-        wal_segment_size: control.wal_segment_size,
-        block_size: control.block_size,
-        data_checksums: false,
-        tablespaces: Vec::new(),
+    let stored = StoredBackup {
         parts,
         manifest: listed.manifest,
         index: listed.index,
         files: listed.files,
         restored_bytes: listed.restored_bytes,
-        damaged: Vec::new(),
-        warnings: Vec::new(),
-        writer: "a test".to_owned(),
     };
+    let record = world.record(id, None, stored);
     pgsidecar::backup::complete::check_parts(&repository, &record).await?;
     repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await?;
     Ok(record)
@@ -124,7 +109,7 @@ async fn a_backup_with_a_fault_at_each_call_is_whole_or_not_listed() {
                 assert!(nth < 200);
                 let world = World::new();
                 make_files(&world);
-                super::store_wal(&world).await;
+                world.store_wal().await;
                 world.plan.clone().on_nth(nth, operation, "backups/", fault);
                 let taken = back_up(&world, 0).await;
                 let was_met = world.plan.injected() > 0;
@@ -170,8 +155,32 @@ async fn whatever_fails_at_random_what_is_listed_restores() {
             let _ = back_up(&world, second).await;
         }
         world.plan.heal();
-        super::store_wal(&world).await;
+        world.store_wal().await;
         listed += check_all_listed(&world).await;
     }
     assert!(first.is_some() || listed > 3, "{listed}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_become_a_backup_since_it_looked_like_remains_is_kept() {
+    let world = World::new();
+    let ids = [0, 1, 2].map(|number| backup_id(number, BackupKind::Full));
+    for id in ids {
+        let claim = BackupClaim { id, instance: "pod-0".to_owned(), attempt: "a".to_owned() };
+        world.repository.store_json(&RepositoryObject::Backup(id, BackupObject::Started), &claim).await.unwrap();
+    }
+    // The first of them takes its time to be removed; all have been looked at by then.
+    let slow = Fault::Delay(Duration::from_secs(2));
+    world.plan.clone().on_nth(1, Operation::Pending, &ids[0].to_string(), slow);
+    let completing = async {
+        while world.plan.injected() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        world.store_backup(ids[1], None, &[last_part(&world)]).await;
+    };
+    let (youngest, ()) = tokio::join!(remove_remains(&world.repository, "pod-0"), completing);
+    assert_eq!(youngest, Some(ids[2]));
+    assert_eq!(world.repository.backup_ids().await.unwrap(), [ids[1]], "and the others are gone");
+    let record = world.repository.backup(ids[1]).await.unwrap().unwrap();
+    pgsidecar::backup::complete::check_parts(&world.repository, &record).await.unwrap();
 }

@@ -6,6 +6,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "a test fails by panicking")]
 
 mod backups;
+mod chains;
+mod restores;
 mod support;
 mod sweep;
 
@@ -20,7 +22,6 @@ use pgsidecar::{
     failure::{Code, Failure},
     pgdata::FileStamp,
     repository::{BackupClaim, Stored},
-    restore::{self, RestoreOptions, unpack::Progress},
     store::{
         StoreErrorKind,
         fault::{Fault, Operation},
@@ -29,12 +30,9 @@ use pgsidecar::{
 };
 use pgsidecar_core::{
     ArchiveFileName, BackupId, BackupKind,
-    backup::{BACKUP_FORMAT, PartRecord, StoredObject},
     layout::{BackupObject, RepositoryObject},
-    plan::RestoreRequest,
-    recovery::{RecoveryTarget, TargetAction},
 };
-use support::{SYSTEM, World, body, noise, segment};
+use support::{World, body, noise, segment};
 
 /// Each fault that every call is to meet.
 const FAULTS: [Fault; 2] = [Fault::Before(StoreErrorKind::Unavailable), Fault::After(StoreErrorKind::Unavailable)];
@@ -394,174 +392,4 @@ async fn whatever_fails_at_random_what_was_acknowledged_is_there() {
             assert!(world.wal(&name).await.as_ref() == Some(&bytes), "PGSIDECAR_TEST_SEED={seed} {name}");
         }
     }
-}
-
-/// A backup's objects by hand: what the restore needs of one, without a server.
-async fn make_backup(world: &World) {
-    let repository = &world.repository;
-    let control = world.control();
-    let id = BackupId::new("2026-11-21T06:15:00Z".parse().unwrap(), BackupKind::Full);
-    let mut parts = Vec::new();
-    let mut files = 0;
-    let contents: [Vec<(&str, Vec<u8>)>; 3] = [
-        vec![("base/1/1259", noise(700_000, 1).to_vec()), ("postgresql.conf", Vec::new())],
-        vec![("base/1/1260", noise(300_000, 2).to_vec())],
-        vec![
-            ("backup_label", b"label".to_vec()),
-            ("global/pg_control", std::fs::read(world.pgdata.path().join("global/pg_control")).unwrap()),
-            ("PG_VERSION", b"15\n".to_vec()),
-        ],
-    ];
-    let store = async |object: BackupObject, plain: &[u8]| {
-        let stored = zstd::encode_all(plain, 1).unwrap();
-        let content = pgsidecar_core::ContentId::of(&stored);
-        let key = repository.layout().backup(id, object);
-        repository.store().create(&key, stored.into(), None).await.unwrap();
-        StoredObject { size: content.size, sha256: content.sha256 }
-    };
-    for (number, part) in (1..).zip(&contents) {
-        let mut tar = tar::Builder::new(Vec::new());
-        let mut header = tar::Header::new_gnu();
-        if number == 1 {
-            for directory in ["base/", "base/1/", "global/", "pg_tblspc/"] {
-                header.set_entry_type(tar::EntryType::Directory);
-                header.set_mode(0o700);
-                header.set_size(0);
-                tar.append_data(&mut header, directory, std::io::empty()).unwrap();
-            }
-        }
-        header.set_entry_type(tar::EntryType::Regular);
-        header.set_mode(0o600);
-        for (path, content) in part {
-            header.set_size(content.len() as u64);
-            tar.append_data(&mut header, path, content.as_slice()).unwrap();
-        }
-        files += part.len() as u64;
-        let stored = store(BackupObject::Part(number), &tar.into_inner().unwrap()).await;
-        let file_bytes = part.iter().map(|(_, content)| content.len() as u64).sum();
-        parts.push(PartRecord { number, stored, files: part.len() as u64, file_bytes });
-    }
-    let (start_lsn, stop_lsn) = ("0/700028".parse().unwrap(), "0/700100".parse().unwrap());
-    let record = pgsidecar_core::BackupRecord {
-        format: BACKUP_FORMAT,
-        id,
-        parent: None,
-        system_identifier: control.system_identifier,
-        server_version: 150_000,
-        timeline: pgsidecar_core::TimelineId::FIRST,
-        start_lsn,
-        stop_lsn,
-        started_at: "2026-11-21T06:15:00Z".parse().unwrap(),
-        stopped_at: "2026-11-21T06:16:00Z".parse().unwrap(),
-        next_xid_at_stop: 800,
-        from_standby: false,
-        wal_segment_size: control.wal_segment_size,
-        block_size: control.block_size,
-        data_checksums: false,
-        tablespaces: Vec::new(),
-        parts,
-        manifest: store(BackupObject::Manifest, b"{}").await,
-        index: store(BackupObject::Index, b"{}\n").await,
-        files,
-        restored_bytes: 0,
-        damaged: Vec::new(),
-        warnings: Vec::new(),
-        writer: "a test".to_owned(),
-    };
-    repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await.unwrap();
-    store_wal(world).await;
-}
-
-/// The segment that the backups here need.
-async fn store_wal(world: &World) {
-    let archiver = Archiver::default();
-    let (name, bytes) = segment(1, 7, 1);
-    archiver.archive_body(&world.origin(name), name, body(&bytes), None).await.unwrap();
-}
-
-async fn restore_it(world: &World) -> Result<(), Failure> {
-    let request = RestoreRequest { target: RecoveryTarget::Immediate, timeline: None, backup: None };
-    let plan = restore::plan(&world.repository, request).await?;
-    let options = RestoreOptions {
-        to: world.directory().join("restored"),
-        inclusive: true,
-        action: TargetAction::Promote,
-        tablespaces: BTreeMap::new(),
-        restore_command: "false".to_owned(),
-        parallelism: 2,
-    };
-    restore::run(&world.repository, &plan, &options, Arc::new(Progress::default())).await
-}
-
-fn check_restored(world: &World) {
-    let to = world.directory().join("restored");
-    assert!(std::fs::read(to.join("base/1/1259")).unwrap() == noise(700_000, 1));
-    assert!(std::fs::read(to.join("base/1/1260")).unwrap() == noise(300_000, 2));
-    assert_eq!(std::fs::read(to.join("PG_VERSION")).unwrap(), b"15\n");
-    for name in ["recovery.signal", "backup_label", "postgresql.auto.conf", "backup_manifest", "global/pg_control"] {
-        assert!(to.join(name).exists(), "{name}");
-    }
-    assert!(!to.join("pgsidecar.restoring").exists());
-}
-
-/// The faults that a restore meets at its Nth read, each of which it survives or reports, leaving nothing.
-async fn restore_with(world: &World, operation: Operation, nth: u64, fault: Fault) -> Option<Failure> {
-    let to = world.directory().join("restored");
-    world.plan.clone().on_nth(nth, operation, "", fault);
-    let before = world.plan.injected();
-    let outcome = restore_it(world).await;
-    let met = world.plan.injected() > before;
-    world.plan.heal();
-    match outcome {
-        Ok(()) => {
-            check_restored(world);
-            std::fs::remove_dir_all(&to).unwrap();
-            assert!(met || nth > 1, "{operation:?} {nth} {fault:?} was never met");
-            (!met).then(|| Failure::new(Code::NotFound, "no fault was met"))
-        }
-        Err(failure) => {
-            assert!(met, "{failure}");
-            assert!(!to.exists(), "{operation:?} {nth} {fault:?} left something: {failure}");
-            None
-        }
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_restore_with_a_fault_at_each_call_is_whole_or_leaves_nothing_and_succeeds_the_next_time() {
-    let world = World::new();
-    make_backup(&world).await;
-    let mut met = 0;
-    let faults = [FAULTS[0], FAULTS[1], Fault::Cut(0), Fault::Cut(1000), Fault::Flip(20), Fault::Flip(5000)];
-    for operation in [Operation::Get, Operation::List] {
-        for fault in faults {
-            if operation == Operation::List && !FAULTS.contains(&fault) {
-                continue;
-            }
-            for nth in 1.. {
-                assert!(nth < 50);
-                if restore_with(&world, operation, nth, fault).await.is_some() {
-                    break;
-                }
-                met += 1;
-            }
-        }
-    }
-    assert!(met > 30, "{met}");
-    restore_it(&world).await.unwrap();
-    check_restored(&world);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_restore_whose_downloads_break_in_the_middle_takes_them_up_again() {
-    let world = World::new();
-    make_backup(&world).await;
-    // As often as it tries again, each time a little further.
-    for nth in 1..=4 {
-        world.plan.clone().on_nth(1, Operation::Get, "part-00001", Fault::Cut(nth * 1000));
-    }
-    restore_it(&world).await.unwrap();
-    assert_eq!(world.plan.injected(), 4);
-    check_restored(&world);
-    assert_eq!(SYSTEM, world.control().system_identifier);
 }

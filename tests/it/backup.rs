@@ -4,33 +4,16 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use crate::support::{
-    Postgres, Repository, Scratch, command,
+    Background, Postgres, Repository, Scratch, command, path_with,
     restoring::{AS_A_COPY, archiving_configured, back_up, restore, ship_wal, text},
     run, wait_until,
 };
 
 const QUIET: &[&str] = &["autovacuum = off"];
-
-/// A process that ends with the test.
-struct Background(Child);
-
-impl Background {
-    fn start(command: &mut Command) -> Background {
-        Background(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
 
 /// The content of all regular files below a directory, by their paths in it.
 fn files(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -164,7 +147,7 @@ fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_n
     let id = back_up(&sidecar);
     wait_until("DDL has gone on", Duration::from_secs(60), || rounds() > before);
     fs::write(postgres.socket.join("stop"), "").unwrap();
-    assert!(ddl.0.wait().unwrap().success(), "{}", postgres.log());
+    assert!(ddl.wait().unwrap().success(), "{}", postgres.log());
     drop(pgbench);
     ship_wal(&postgres);
 
@@ -214,12 +197,4 @@ fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_n
 #[test]
 fn a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not_pg17() {
     a_backup_under_load_with_ddl_is_consistent_and_holds_nothing_that_it_should_not(17);
-}
-
-fn path_with(major: u32) -> std::ffi::OsString {
-    let old = std::env::var_os("PATH").unwrap_or_default();
-    let mut path = Postgres::bin(major).into_os_string();
-    path.push(":");
-    path.push(old);
-    path
 }

@@ -233,6 +233,10 @@ fn without_summaries_auto_is_full_and_says_why_pg17() {
     assert_eq!(auto("there is no backup yet"), "full");
     rows(&postgres);
     assert_eq!(auto("incremental"), "incremental");
+    let foreseen = || sidecar.ok(&["backup", "create", "--dry-run"]);
+    // Of what was written since the last checkpoint there are no summaries yet.
+    change(&postgres);
+    assert!(foreseen().starts_with("It would be an incremental backup, on "), "{}", foreseen());
     postgres.sql("CHECKPOINT");
     let summaries = || fs::read_dir(postgres.data.join("pg_wal/summaries")).unwrap().map(|entry| entry.unwrap().path());
     let begin = postgres.sql("SELECT redo_lsn FROM pg_control_checkpoint()");
@@ -242,14 +246,47 @@ fn without_summaries_auto_is_full_and_says_why_pg17() {
     summaries().filter(|path| path.extension().is_some_and(|end| end == "summary")).for_each(|path| {
         fs::remove_file(path).unwrap();
     });
+    let said = foreseen();
+    assert!(said.starts_with("It would be a full backup: the WAL of timeline 1 from "), "{said}");
+    assert!(said.contains("the summaries were removed"), "{said}");
+    let plan = |wanted: &str| sidecar.json(&["backup", "create", "--dry-run", "--type", wanted])["falls_back"].clone();
+    assert_eq!((plan("auto"), plan("incremental")), (false.into(), true.into()));
     assert_eq!(auto("the summaries were removed"), "full");
 
     postgres.sql("ALTER SYSTEM SET summarize_wal = off");
     postgres.sql("SELECT pg_reload_conf()");
     wait_until("summarize_wal is off", Duration::from_secs(10), || postgres.sql("SHOW summarize_wal") == "off");
-    let said = sidecar.ok(&["backup", "create", "--dry-run"]);
+    let said = foreseen();
     assert_eq!(said, "It would be a full backup: the server doesn't summarize its WAL (summarize_wal is off).\n");
     assert_eq!(auto("summarize_wal is off"), "full");
+}
+
+#[test]
+fn what_it_builds_on_is_looked_for_again_before_a_backup_is_listed_pg17() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (postgres, sidecar) = archiving_configured(&scratch, 17, SMALL_WAL, &repository, SUMMARIZED);
+    rows(&postgres);
+    let full = take(&sidecar, "full");
+    change(&postgres);
+    let archiving = |command: &str| {
+        postgres.sql(&format!("ALTER SYSTEM {command}"));
+        postgres.sql("SELECT pg_reload_conf()");
+    };
+    archiving("SET archive_command = 'false'");
+    let (mut creating, said) = sidecar.spawn(&["backup", "create", "--fast", "--type", "incremental"]);
+    wait_until("it waits for its WAL", Duration::from_secs(60), || {
+        sidecar.log().contains("-incremental: waiting for its WAL")
+    });
+    fs::remove_file(backups(&scratch, &postgres).join(&full).join("backup.json")).unwrap();
+    archiving("RESET archive_command");
+    let status = creating.wait().unwrap();
+    let said = fs::read_to_string(said).unwrap();
+    assert_eq!(status.code(), Some(65), "{said}");
+    assert!(said.contains(&format!("builds on {full}, which is not in the repository")), "{said}");
+    assert_eq!(sidecar.json(&["backup", "list"]), serde_json::json!([]));
+    let left: Vec<_> = fs::read_dir(backups(&scratch, &postgres)).unwrap().map(|id| id.unwrap().file_name()).collect();
+    assert_eq!(left, [full.as_str()], "what there was of it is removed");
 }
 
 #[test]

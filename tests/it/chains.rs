@@ -4,13 +4,13 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use crate::support::{
-    Postgres, Repository, Scratch, Sidecar, command,
+    Background, Postgres, Repository, Scratch, Sidecar, command,
     increments::files,
+    path_with,
     restoring::{AS_A_COPY, archiving_configured, restore, ship_wal, text},
     run, wait_until,
 };
@@ -88,22 +88,6 @@ fn started(scratch: &Scratch, to: PathBuf) -> Postgres {
     copy
 }
 
-/// A process that ends with the test.
-struct Background(Child);
-
-impl Background {
-    fn start(command: &mut Command) -> Background {
-        Background(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 /// DDL of all sorts, again and again, until the file `stop` appears.
 const DDL: &str = "i=10; until [ -e stop ]; do i=$((i+1))
   psql -X -q -v ON_ERROR_STOP=1 \
@@ -116,14 +100,6 @@ const DDL: &str = "i=10; until [ -e stop ]; do i=$((i+1))
     -c \"CREATE DATABASE d$i TABLESPACE space\" -c \"DROP DATABASE IF EXISTS d$((i-2))\" || exit 1
   echo $i >rounds
 done";
-
-fn path_with(major: u32) -> std::ffi::OsString {
-    let old = std::env::var_os("PATH").unwrap_or_default();
-    let mut path = Postgres::bin(major).into_os_string();
-    path.push(":");
-    path.push(old);
-    path
-}
 
 fn chains_under_load_are_what_was_there(options: &[&str]) {
     let scratch = Scratch::new();
@@ -157,7 +133,7 @@ fn chains_under_load_are_what_was_there(options: &[&str]) {
     let mut next = 12;
     let mut some_rounds = || {
         wait_until("DDL runs", Duration::from_secs(120), || {
-            assert!(ddl.0.try_wait().unwrap().is_none(), "{}", postgres.log());
+            assert!(ddl.try_wait().unwrap().is_none(), "{}", postgres.log());
             rounds() >= Some(next)
         });
         next = rounds().unwrap() + 2;
@@ -182,7 +158,7 @@ fn chains_under_load_are_what_was_there(options: &[&str]) {
     let differential = take(&sidecar, "differential");
     some_rounds();
     fs::write(postgres.socket.join("stop"), "").unwrap();
-    assert!(ddl.0.wait().unwrap().success(), "{}", postgres.log());
+    assert!(ddl.wait().unwrap().success(), "{}", postgres.log());
     drop(pgbench);
     wait_until("pgbench's sessions have ended", Duration::from_secs(20), || {
         postgres.sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgbench'") == "0"

@@ -31,6 +31,7 @@ mod restore_refusals;
 mod server;
 mod shutdown;
 mod snapshots;
+mod standby_chains;
 mod support;
 mod taken_twice;
 mod throttling;

@@ -20,7 +20,6 @@ mod key;
 pub mod layout;
 mod le;
 mod lsn;
-pub mod merge;
 pub mod page;
 pub mod plan;
 pub mod recovery;

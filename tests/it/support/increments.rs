@@ -12,7 +12,6 @@ use pgsidecar_core::{
     block_references::BlockReferences,
     incremental_file::{IncrementalHeader, incremental_path},
     incremental_plan::{FileMethod, IncrementalPlan, RelationPath},
-    merge::{BlockSource, Merge},
     page::PAGE_SIZE,
     wal_summary::{WalSummaryName, covering},
 };
@@ -100,38 +99,37 @@ pub fn header(path: &Path) -> IncrementalHeader {
     header
 }
 
-/// A file of the newest backup of a chain, made of what the backups have (newest first).
+/// A file of the newest backup of a chain, made of what the backups have (newest first), block by block.
+///
+/// The rules are those of pg_combinebackup (`reconstruct_from_incremental_file` in `reconstruct.c`): the newest file says
+/// how long the result is; each block comes from the newest file that has it; what none has is zero. But pg_combinebackup
+/// goes on to search older files for a block behind the truncation block length of one between; here it is zero: what
+/// older ones have there was cut off, and deleted rows would be back (seen with 17.11).
 pub fn merged(chain: &[&Path], plain: &str) -> Vec<u8> {
-    let mut sources = Vec::new();
-    let mut headers = Vec::new();
-    for backup in chain {
-        let full = backup.join(plain);
-        if full.exists() {
-            sources.push(fs::read(full).unwrap());
-            break;
+    let mut increments = Vec::new();
+    let full = chain.iter().find_map(|backup| {
+        let full = fs::read(backup.join(plain)).ok();
+        if full.is_none() {
+            let path = backup.join(incremental_path(plain));
+            increments.push((header(&path), fs::read(path).unwrap()));
         }
-        let path = backup.join(incremental_path(plain));
-        headers.push(header(&path));
-        sources.push(fs::read(path).unwrap());
-    }
-    assert_eq!(sources.len(), headers.len() + 1, "{plain}");
-    let full = sources.last().unwrap();
-    let Some((newest, older)) = headers.split_first() else { return full.clone() };
-    let merge = Merge::new(newest, older, full.len() as u64);
-    let mut made = Vec::new();
-    for run in merge.runs() {
-        let length = run.count as usize * PAGE_SIZE;
-        match run.source {
-            BlockSource::Zero => made.resize(made.len() + length, 0),
-            BlockSource::File { index, offset } => {
-                let offset = usize::try_from(offset).unwrap();
-                made.extend(&sources[index][offset..offset + length]);
+        full
+    });
+    let full = full.expect("a full file is at the chain's end");
+    let Some((newest, _)) = increments.first() else { return full };
+    let page = |file: &[u8], at: usize| file.get(at..at + PAGE_SIZE).map(<[u8]>::to_vec);
+    let found = |block: u32| {
+        for (header, file) in &increments {
+            if let Some(index) = header.blocks().iter().position(|number| *number == block) {
+                return page(file, usize::try_from(header.block_offset(index)).unwrap());
+            }
+            if block >= header.truncation_block_length() {
+                return None;
             }
         }
-    }
-    assert_eq!(made.len() as u64, merge.size());
-    assert!(!merge.is_copy_of_full() || made == *full, "{plain}");
-    made
+        page(&full, block as usize * PAGE_SIZE)
+    };
+    (0..newest.output_blocks()).flat_map(|block| found(block).unwrap_or_else(|| vec![0; PAGE_SIZE])).collect()
 }
 
 /// How many blocks the file that a backup has of a relation's comes to when it's restored.

@@ -3,6 +3,7 @@
 //! PostgreSQL refuses to run as root, and the sidecar runs as the same user as PostgreSQL: as root, the tests start
 //! both as `PGSIDECAR_TEST_USER`.
 
+mod background;
 pub mod increments;
 mod look;
 mod postgres;
@@ -22,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use background::{Background, path_with};
 pub use look::Look;
 pub use postgres::Postgres;
 pub use proxy::{Proxy, Way};
