@@ -97,6 +97,18 @@ pub fn render(status: &Status) -> Result<String, Failure> {
             ConstGauge::new(i64::try_from(pages).unwrap_or(i64::MAX)),
         );
     }
+    if let Some(restores) = &status.restores {
+        registry.register(
+            "restore_pending",
+            "1 if another database takes the place of this one at the next start",
+            flag(restores.pending.is_some()),
+        );
+        registry.register(
+            "restores_kept",
+            "Earlier databases that restores in place have kept on the volume",
+            ConstGauge::new(i64::try_from(restores.kept).unwrap_or(i64::MAX)),
+        );
+    }
     let mut text = String::new();
     encode(&mut text, &registry).map_err(Failure::internal)?;
     Ok(text)

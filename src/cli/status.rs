@@ -55,6 +55,14 @@ pub async fn run(settings: &Settings, args: OutputArgs) -> Result<(), Failure> {
     for (name, value) in lines {
         output::print_line(&format!("{name:<15} {value}"))?;
     }
+    if let Some(pending) = status.pointer("/restores/pending").and_then(Value::as_str) {
+        output::print_line(&format!("At next start   {pending} takes place"))?;
+    }
+    if let Some(kept) = status.pointer("/restores/kept").and_then(Value::as_u64).filter(|kept| *kept > 0) {
+        output::print_line(&format!(
+            "Kept            {kept} earlier databases ('pgsidecar restore clean' removes them)"
+        ))?;
+    }
     for problem in status["problems"].as_array().into_iter().flatten() {
         output::print_line(&format!("Problem         {}", problem["message"].as_str().unwrap_or_default()))?;
         if let Some(hint) = problem["hint"].as_str().filter(|hint| !hint.is_empty()) {

@@ -64,7 +64,7 @@ use crate::{
 const RETRY_START_WORK: Duration = Duration::from_secs(10);
 
 pub use fetching::Wanted;
-pub use status::{ArchiveStatus, LastBackup, Status};
+pub use status::{ArchiveStatus, LastBackup, RestoresStatus, Status};
 
 /// Opens the store that the settings name. No network access.
 pub async fn open_store(settings: &WorkSettings) -> Arc<dyn Store> {

@@ -12,6 +12,7 @@ use crate::{
     jobs::Snapshot,
     repository::Repository,
     store::ConditionalCreation,
+    switch,
     wal::{directory::DirectoryStatus, statistics::ArchiveStatistics},
 };
 
@@ -52,8 +53,19 @@ pub struct Status {
     pub archive: ArchiveStatus,
     /// The newest complete backup; unknown while the store can't be reached.
     pub last_backup: Option<LastBackup>,
+    /// Restores in place: what is prepared, and what is kept; unknown without a data directory.
+    pub restores: Option<RestoresStatus>,
     /// The job that was started last.
     pub last_job: Option<Snapshot>,
+}
+
+/// Restores in place, in the status.
+#[derive(Debug, Serialize)]
+pub struct RestoresStatus {
+    /// What takes place at the next start of PostgreSQL, in words.
+    pub pending: Option<String>,
+    /// How many earlier databases are kept. They take up room.
+    pub kept: usize,
 }
 
 /// WAL archiving, in the status.
@@ -88,6 +100,7 @@ impl App {
                 statistics: self.archiver.statistics(),
             },
             last_backup: None,
+            restores: None,
             last_job: self.jobs.last().map(|job| job.snapshot()),
         };
         match &self.work {
@@ -116,6 +129,14 @@ impl Work {
             Err(failure) => return status.problems.push(failure),
         };
         status.system_identifier = Some(control.system_identifier);
+        match switch::list(pgdata.path()) {
+            Ok(kept) => {
+                let pending =
+                    kept.pending.map(|switch| switch::describe(&switch.purpose).trim_end_matches(',').to_owned());
+                status.restores = Some(RestoresStatus { pending, kept: kept.done.len() });
+            }
+            Err(failure) => status.problems.push(failure),
+        }
         if let Ok(backlog) = pgdata.backlog() {
             status.archive.backlog_files = Some(backlog.files);
             status.archive.oldest_ready_seconds = backlog.oldest.map(|age| age.as_secs());

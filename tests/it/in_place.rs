@@ -11,6 +11,7 @@ use std::{
 use crate::support::{
     Postgres, Repository, Scratch, Sidecar, archiving, give_to_servers,
     restoring::{back_up, ship_wal, text},
+    server_user, told, wait_until,
 };
 
 /// The names in a directory that aren't PostgreSQL's.
@@ -58,6 +59,7 @@ fn story(postgres: &mut Postgres, sidecar: &mut Sidecar) {
     assert_eq!(rows(postgres), "1,2,3,4", "the server goes on meanwhile");
     let again = sidecar.fails(75, &["restore", "run", "--in-place"]);
     assert!(again.contains("is prepared already"), "{again}");
+    assert!(sidecar.json(&["status"])["restores"]["pending"].as_str().unwrap().contains("the restore of backup"));
     let running = sidecar.fails(73, &["restore", "switch"]);
     assert!(running.contains("a server runs on") && running.contains("nothing was changed"), "{running}");
 
@@ -294,4 +296,98 @@ fn a_chain_replaces_as_well_pg17() {
     assert_eq!(rows(&postgres), "1,2");
     assert_eq!(postgres.sql("SELECT count(*) || ' ' || min(n) FROM many"), "50000 -999");
     assert!(!postgres.data.join("pgsidecar.replacing").exists());
+}
+
+/// Waits for what a restore in place writes first.
+fn wait_for_staging(staged: &Path) {
+    wait_until("files are being staged", Duration::from_secs(30), || staged.join("base").exists());
+}
+
+#[test]
+fn staging_that_is_killed_leaves_the_database_as_it_was_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::s3();
+    let (mut postgres, mut sidecar) = archiving(&scratch, 15, &["--wal-segsize=1"], &repository);
+    postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
+    // What doesn't compress takes its time.
+    postgres.sql("CREATE TABLE many AS SELECT n, gen_random_uuid() || gen_random_uuid()::text AS t FROM generate_series(1, 600000) n");
+    back_up(&sidecar);
+    ship_wal(&postgres);
+    let staged = scratch.path().join("data.pgsidecar-staged");
+    for how in ["the daemon is killed", "the daemon stops", "it is cancelled"] {
+        let (mut asked, said) = sidecar.spawn(&["restore", "run", "--in-place"]);
+        wait_for_staging(&staged);
+        match how {
+            "the daemon is killed" => {
+                sidecar.kill();
+                assert!(!staged.join("PG_VERSION").exists());
+                sidecar.start();
+                // In its place nothing has been prepared: what it left goes.
+                assert!(sidecar.fails(1, &["restore", "switch"]).contains("no restore is prepared"));
+            }
+            "the daemon stops" => {
+                assert!(sidecar.stop().success());
+                sidecar.start();
+            }
+            _ => {
+                let said = sidecar.fails(75, &["restore", "cancel"]);
+                assert!(said.contains("at this moment"), "{said}");
+                assert!(asked.wait().unwrap().success());
+                sidecar.ok(&["restore", "cancel"]);
+            }
+        }
+        let _ = asked.wait();
+        let left = beside(scratch.path());
+        assert_eq!(left, [""; 0], "{how}: {}", fs::read_to_string(said).unwrap());
+        assert_eq!(rows(&postgres), "1");
+    }
+    sidecar.ok(&["restore", "run", "--in-place"]);
+    switched(&mut postgres, &sidecar);
+    assert_eq!(postgres.sql("SELECT count(*) FROM many"), "600000");
+}
+
+#[test]
+fn a_volume_that_fills_up_while_it_stages_keeps_its_database_root_pg15() {
+    let scratch = Scratch::new();
+    let (uid, gid) = server_user().expect("this test runs as root");
+    let repository = Repository::directory(&scratch);
+    let (mut postgres, mut sidecar) = archiving(&scratch, 15, &["--wal-segsize=1"], &repository);
+    postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
+    back_up(&sidecar);
+    ship_wal(&postgres);
+    postgres.stop("fast");
+    sidecar.kill();
+    // The volume is one in a mount namespace of its own, which ends with the shell: the database is copied there.
+    let volume = scratch.dir("volume");
+    let restore = |room: u64, files: &str| {
+        let script = format!(
+            "set -e; bytes=$(( $(du -s --block-size=1 {data} | cut -f1) + {room} ))\n\
+             files=$(( $(find {data} | wc -l) + {files} ))\n\
+             mount -t tmpfs -o size=$bytes,nr_inodes=$files,mode=0755,uid={uid},gid={gid} none {volume}\n\
+             cp -a {data} {volume}/data; export PGDATA={volume}/data\n\
+             status=0; setpriv --reuid={uid} --regid={gid} --clear-groups \"$1\" restore run --in-place >/dev/null || status=$?\n\
+             ls {volume}; diff -r {data} {volume}/data && echo unchanged; exit $status",
+            data = postgres.data.display(),
+            volume = volume.display(),
+        );
+        let mut shell = std::process::Command::new("unshare");
+        shell.args(["-m", "bash", "-c", &script, "bash"]).arg(Sidecar::program());
+        shell.envs(sidecar.environment.iter().map(|(name, value)| (name, value)));
+        shell.current_dir(scratch.path()).output().unwrap()
+    };
+    let small = restore(8 << 20, "5000");
+    assert_eq!(small.status.code(), Some(73), "{}", told(&small));
+    assert!(told(&small).contains("has room for 8 MB") && told(&small).contains("restore clean"), "{}", told(&small));
+    assert_eq!(String::from_utf8_lossy(&small.stdout), "data\nunchanged\n");
+
+    // Room enough, but not for so many files.
+    let full = restore(1 << 30, "300");
+    assert_eq!(full.status.code(), Some(74), "{}", told(&full));
+    assert!(
+        told(&full).contains("No space left on device") && told(&full).contains("The file system is full"),
+        "{}",
+        told(&full)
+    );
+    assert_eq!(String::from_utf8_lossy(&full.stdout), "data\nunchanged\n");
+    assert!(restore(1 << 30, "5000").status.success());
 }
