@@ -92,7 +92,13 @@ pub struct SystemArgs {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        let _ = error.print();
+        // To PostgreSQL, the usual code of wrong usage would mean that there is no such file.
+        let cannot_tell = error.use_stderr() && wal::looks_like_get(std::env::args_os());
+        std::process::exit(if cannot_tell { i32::from(wal::CANNOT_TELL) } else { error.exit_code() })
+    });
+    let for_postgresql = matches!(&cli.command, Command::Wal(command) if command.is_restore_command());
     let is_daemon = matches!(cli.command, Command::Run { .. });
     let default_level = if is_daemon { "info" } else { "warn" };
     let mut settings = Settings::resolve(&cli.settings, &PodEnvironment::from_process());
@@ -113,7 +119,7 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             output::print_failure(&failure);
-            ExitCode::from(failure.code.exit_code())
+            ExitCode::from(if for_postgresql { wal::CANNOT_TELL } else { failure.code.exit_code() })
         }
     }
 }

@@ -5,6 +5,7 @@ mod arriving;
 mod check;
 pub mod directory;
 pub mod fetch;
+pub mod get;
 pub mod lookahead;
 pub mod owner;
 pub mod remains;
