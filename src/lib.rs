@@ -20,6 +20,7 @@ pub mod postgres;
 pub mod repository;
 pub mod restore;
 pub mod settings;
+pub mod side;
 pub mod snapshot;
 pub mod store;
 pub mod wal;

@@ -3,9 +3,12 @@
 
 pub mod backup;
 pub mod check;
+pub mod drill;
+pub mod extract;
 pub mod output;
 pub mod progress;
 pub mod restore;
+pub mod side;
 pub mod snapshot;
 pub mod status;
 pub mod wal;
@@ -69,6 +72,11 @@ enum Command {
     /// Restore to a new directory, to any point in time
     #[command(subcommand)]
     Restore(restore::RestoreCommand),
+    /// Get one database, or some of its tables, as they were at any point in time; the live server isn't touched
+    Extract(extract::ExtractArgs),
+    /// Try a restore out: does it start, is it whole, does it hold what it should?
+    #[command(subcommand)]
+    Drill(drill::DrillCommand),
     /// Archived WAL: what is there, and whether it is whole
     #[command(subcommand)]
     Wal(wal::WalCommand),
@@ -136,6 +144,8 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Backup(command) => backup::run(settings, command).await,
         Command::Snapshot(command) => snapshot::run(settings, command).await.map(done),
         Command::Restore(command) => restore::run(settings, command).await.map(done),
+        Command::Extract(args) => extract::run(settings, args).await,
+        Command::Drill(command) => drill::run(settings, command).await,
         Command::Wal(command) => wal::run(settings, command).await,
     }
 }
