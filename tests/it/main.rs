@@ -29,6 +29,7 @@ mod restore_refusals;
 #[path = "../support/server.rs"]
 mod server;
 mod shutdown;
+mod side;
 mod snapshots;
 mod support;
 mod taken_twice;
