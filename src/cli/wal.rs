@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::{Args, Subcommand};
-use pgsidecar_core::{ArchiveFileName, MAX_GAPS, SegmentName, TimelineId, settings::parse_duration};
+use pgsidecar_core::{ArchiveFileName, Lsn, MAX_GAPS, SegmentName, TimelineId, settings::parse_duration};
 use serde::Serialize;
 
 use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
@@ -17,7 +17,7 @@ use crate::{
     pgdata::DataDirectory,
     settings::{Settings, WorkSettings},
     wal::{
-        get::{self, GetRequest},
+        get::{self, GetRequest, Private},
         owner::{self, TimelineOwner},
         survey::{Survey, survey},
         verify::{Verification, VerifyOptions, VerifyProgress, verify},
@@ -80,6 +80,12 @@ pub struct GetArgs {
     /// Say of every segment behind this one that it isn't there
     #[arg(long, value_name = "SEGMENT")]
     through: Option<SegmentName>,
+    /// For a private copy, whose replay begins at this LSN: refuse a segment that creates a tablespace where something lies
+    #[arg(long, value_name = "LSN", requires = "notes")]
+    private_from: Option<Lsn>,
+    /// With --private-from: a file to note what the last segment ended with
+    #[arg(long, value_name = "FILE", requires = "private_from")]
+    notes: Option<PathBuf>,
     /// How long to wait for a store that can't be reached
     #[arg(long, value_name = "TIME", default_value = "5min", value_parser = parse_duration)]
     timeout: Duration,
@@ -172,6 +178,7 @@ async fn get_file(settings: &Settings, args: GetArgs) -> ExitCode {
                     through: args.through,
                     archive_directory: work.archive_directory.clone(),
                     patience: args.timeout,
+                    private: args.private_from.zip(args.notes).map(|(from, notes)| Private { from, notes }),
                 };
                 get::get(&open_repository(&work, &args.system).await?, &request).await
             });

@@ -7,6 +7,7 @@ use pgsidecar_core::{
     DrillId, DrillRecord,
     drill::{DRILL_FORMAT, DrillOutcome, DrillStep},
     plan::RestoreRequest,
+    recovery::RecoveryTarget,
 };
 
 use super::{
@@ -136,10 +137,7 @@ async fn try_out(
     let began = Instant::now();
     let planned = super::plan(repository, request.restore.clone()).await;
     let told = planned.map(|plan| {
-        let restore = &plan.restore;
-        let behind = restore.gap.map(|gap| format!("; {gap} is missing, so that nothing behind it can be restored"));
-        let message =
-            format!("backup {}, WAL through {}{}", restore.backup.id, restore.wal_through, behind.unwrap_or_default());
+        let message = format!("backup {}, WAL through {}", plan.restore.backup.id, plan.restore.wal_through);
         (plan, message)
     });
     let plan = steps.note("plan", began, told)?;
@@ -148,6 +146,14 @@ async fn try_out(
     record.chain = plan.restore.chain.iter().map(|link| link.id).collect();
     record.server_version = Some(backup.server_version);
     record.timeline = Some(plan.restore.timeline);
+    if let Some(missing) = plan.restore.gap.filter(|_| plan.restore.target == RecoveryTarget::Latest) {
+        // The rest is tried out all the same.
+        let reachable = plan.restore.reachable;
+        let lost =
+            format!("{missing} is missing although later WAL is there: nothing behind {reachable} can be restored");
+        let lost = Failure::new(Code::Damaged, lost).hint("'pgsidecar wal verify' tells what is missing. Take a backup: restores to later moments then don't need it.");
+        steps.note::<()>("wal", Instant::now(), Err(lost));
+    }
 
     let began = Instant::now();
     let restored = async {

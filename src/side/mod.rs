@@ -245,7 +245,12 @@ impl Side {
 
     fn recovery_settings(&self) -> Result<RecoverySettings, Failure> {
         let SidePlan { restore, through, tail } = &self.plan;
-        let mut arguments = format!("--system-identifier {}", restore.backup.system_identifier);
+        let mut arguments = format!(
+            "--system-identifier {} --private-from {} --notes \"{}\"",
+            restore.backup.system_identifier,
+            restore.backup.start_lsn,
+            self.run.path().join("wal-notes").display()
+        );
         if let Some(through) = through {
             arguments += &format!(" --through {through}");
         }

@@ -23,7 +23,10 @@ use super::{
     sql::{SideSession, refused},
     tablespaces,
 };
-use crate::failure::{Code, Failure};
+use crate::{
+    failure::{Code, Failure},
+    wal::get::PRIVATE_REFUSAL,
+};
 
 /// Starts the server, and ends it when stdin ends. `read` returns only then: nothing is ever written.
 const KEEPER: &str = r#"exec 3<&0
@@ -225,9 +228,15 @@ fn explain(lines: &[String], status: &str) -> Failure {
     let ended = |code, what: &str| Failure::new(code, format!("the restored server ended ({status}): {what}"));
     if let Some(path) = find("directory \"").filter(|line| line.ends_with("\" does not exist")) {
         let location = path.split('"').nth(1).unwrap_or_default();
-        return tablespaces::leads_out(location);
+        return tablespaces::refused(&format!("replay comes to a tablespace at {location}, which doesn't exist here"));
     }
     if find("exit code 200").is_some() {
+        if let Some(refused) = find(PRIVATE_REFUSAL) {
+            return tablespaces::refused(refused.trim_start_matches("pgsidecar: error: "));
+        }
+        if let Some(damaged) = find("in the repository is damaged") {
+            return ended(Code::Damaged, damaged.trim_start_matches("pgsidecar: error: "));
+        }
         let why = find("pgsidecar: error: ").map_or(last, |line| line.trim_start_matches("pgsidecar: error: "));
         return ended(Code::StoreUnavailable, &format!("its WAL could not be had: {why}"));
     }

@@ -2,7 +2,8 @@
 //!
 //! Those that a backup knows are put elsewhere. One that was created after it isn't in the backup: replay would make the
 //! link that the live server has, with the live path, and what is written to, cut or dropped there on the copy is the live
-//! server's file. So no restore is begun where such a path is known here, and a server that makes such a link is ended.
+//! server's file. So no restore is begun where such a path is known here; no WAL is handed out that creates one where
+//! something lies ([`crate::wal::get`]); and a server that has such a link all the same is ended.
 
 use std::{
     collections::BTreeMap,
@@ -81,11 +82,13 @@ pub fn check_within(run: &Path, data: &Path) -> Result<(), Failure> {
     }
 }
 
-/// What is said of a tablespace outside of the scratch directory.
-pub fn leads_out(location: &str) -> Failure {
-    Failure::new(
-        Code::TargetDirectory,
-        format!("replay comes to a tablespace at {location} that was created after the backup, and it must not be made there"),
-    )
-    .hint("The private server was ended. Take a new backup and choose a target after it, choose an earlier target, or run this where the live server's volumes aren't, as a Job of its own with an empty directory at that path.")
+/// What is said of a tablespace that must not be made.
+fn leads_out(location: &str) -> Failure {
+    refused(&format!("replay has made a tablespace at {location}, outside of the scratch directory"))
+}
+
+/// The failure of a private server that came to such a tablespace. `what` says how.
+pub(super) fn refused(what: &str) -> Failure {
+    Failure::new(Code::TargetDirectory, format!("a tablespace was created after the backup: {what}"))
+        .hint("The private server was ended, and nothing was written there. Take a new backup and choose a target after it, choose an earlier target, or run this where the live server's volumes aren't: as a Job of its own, with an empty directory at that path.")
 }

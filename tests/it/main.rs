@@ -15,6 +15,7 @@ mod chains;
 mod checked;
 mod crash;
 mod daemon;
+mod drills;
 mod failover;
 mod hardened;
 mod incremental_formats;

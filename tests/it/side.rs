@@ -6,27 +6,25 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
-
 use crate::support::{
-    Postgres, Repository, Scratch, Sidecar, archiving, give_to_servers,
+    Postgres, Repository, Scratch, Sidecar, archiving,
     restoring::{back_up, ship_wal, text},
-    run, told, wait_until,
+    run, told,
 };
 
 const SMALL_WAL: &[&str] = &["--wal-segsize=1"];
 
 /// A server with a backup, a daemon, and a scratch directory for private servers.
-struct Beside {
-    scratch: Scratch,
-    sidecar: Sidecar,
-    postgres: Postgres,
-    runs: PathBuf,
-    repository: PathBuf,
+pub struct Beside {
+    pub scratch: Scratch,
+    pub sidecar: Sidecar,
+    pub postgres: Postgres,
+    pub runs: PathBuf,
+    pub repository: PathBuf,
 }
 
 impl Beside {
-    fn new(major: u32, options: &[&str]) -> Beside {
+    pub fn new(major: u32, options: &[&str]) -> Beside {
         let scratch = Scratch::new();
         let repository = Repository::directory(&scratch);
         let (postgres, mut sidecar) = archiving(&scratch, major, &[SMALL_WAL, options].concat(), &repository);
@@ -38,14 +36,14 @@ impl Beside {
     }
 
     /// All objects but drills' records.
-    fn keys(&self) -> Vec<String> {
+    pub fn keys(&self) -> Vec<String> {
         let mut keys = files(&self.repository);
         keys.retain(|key| !key.contains("/drills/"));
         keys
     }
 
     /// Everything that a private server could change of the live one, but what that changes by itself.
-    fn is_untouched(&self, keys: &[String], timeline: &str) {
+    pub fn is_untouched(&self, keys: &[String], timeline: &str) {
         assert_eq!(self.keys(), keys);
         assert_eq!(self.postgres.sql("SELECT timeline_id FROM pg_control_checkpoint()"), timeline);
         assert_eq!(self.postgres.sql("SELECT failed_count FROM pg_stat_archiver"), "0");
@@ -54,7 +52,7 @@ impl Beside {
 }
 
 /// The files below a directory, by their paths in it.
-fn files(directory: &Path) -> Vec<String> {
+pub fn files(directory: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mut directories = vec![directory.to_owned()];
     while let Some(next) = directories.pop() {
@@ -71,7 +69,7 @@ fn files(directory: &Path) -> Vec<String> {
 }
 
 /// The steps of a drill, each with its outcome.
-fn steps(record: &serde_json::Value) -> Vec<(&str, &str)> {
+pub fn steps(record: &serde_json::Value) -> Vec<(&str, &str)> {
     let steps = record["steps"].as_array().unwrap();
     steps.iter().map(|step| (step["step"].as_str().unwrap(), step["outcome"].as_str().unwrap())).collect()
 }
@@ -155,6 +153,8 @@ fn a_drill_passes_and_status_and_metrics_tell_it(major: u32) {
     let postgres = &mut beside.postgres;
     postgres.sql("BEGIN; INSERT INTO rows VALUES (1001); PREPARE TRANSACTION 'p'");
     ship_wal(postgres);
+    // The status keeps what it knows of drills for a minute.
+    beside.sidecar.stop();
     let sidecar = &beside.sidecar;
     let keys = beside.keys();
     let good = "SELECT count(*) = 1000 FROM rows";
@@ -166,6 +166,8 @@ fn a_drill_passes_and_status_and_metrics_tell_it(major: u32) {
     assert_eq!(steps(&record), passed);
     assert_eq!((&record["outcome"], &record["recorded"]), (&"passed".into(), &true.into()));
     assert!(record["reached"].as_str().unwrap().contains('/'), "{record}");
+    beside.sidecar.start();
+    let sidecar = &beside.sidecar;
     let status = sidecar.json(&["status"]);
     assert_eq!((&status["last_drill"]["id"], &status["last_drill"]["outcome"]), (&record["id"], &"passed".into()));
     assert_eq!(sidecar.metric("pgsidecar_last_drill_passed"), "1");

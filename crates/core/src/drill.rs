@@ -86,7 +86,7 @@ impl fmt::Display for DrillOutcome {
 /// One step of a drill.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct DrillStep {
-    /// What was tried: `plan`, `restore`, `recovery`, `amcheck`, `query`, `checksums`.
+    /// What was tried: `plan`, `wal`, `restore`, `recovery`, `amcheck`, `query`, `checksums`.
     pub step: String,
     /// How it went.
     pub outcome: DrillOutcome,

@@ -28,6 +28,7 @@ pub mod recovery;
 pub mod settings;
 pub mod snapshot;
 pub mod standby;
+pub mod tablespace_scan;
 mod wal;
 mod wal_header;
 mod wal_pages;
