@@ -36,7 +36,7 @@ use crate::{
     0  done\n   \
     1  failed, or refused\n   \
     2  wrong usage\n  \
-    65  the recovery target can't be reached, or data is damaged or missing\n  \
+    65  the recovery target can't be reached, data is damaged or missing, or a drill failed\n  \
     69  the store, PostgreSQL or the daemon is unavailable\n  \
     70  a bug\n  \
     73  the directory to restore to can't be used\n  \

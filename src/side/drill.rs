@@ -214,7 +214,7 @@ async fn amcheck(server: &Recovered, heapallindexed: bool) -> Result<String, Fai
     let output = server.directory().join("pg_amcheck.out");
     let file = fs::File::create(&output).map_err(|error| Failure::io("running pg_amcheck", &error))?;
     let mut command = server.client("pg_amcheck")?;
-    command.args(["--all", "--install-missing", "--maintenance-db=postgres"]);
+    command.args(["--all", "--install-missing"]);
     command.args(heapallindexed.then_some("--heapallindexed")).stdout(file);
     let ended = program::run(&mut command, &server.directory().join("pg_amcheck.log")).await?;
     let said = program::tail(&output).map_err(|error| Failure::io("reading what pg_amcheck said", &error))?;

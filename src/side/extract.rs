@@ -120,14 +120,18 @@ async fn patterns(server: &Recovered, request: &ExtractRequest) -> Result<Vec<St
     let session = server.connect(&request.database).await?;
     let mut patterns = Vec::new();
     for table in &request.tables {
-        let sql = "SELECT format('\"%s\".\"%s\"', replace(n.nspname, '\"', '\"\"'), replace(c.relname, '\"', '\"\"')) \
-             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-             WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')";
+        // What belongs to a table in SQL belongs to it here: pg_dump would leave a table's partitions and children out.
+        let sql = "WITH RECURSIVE tables (oid) AS (\
+                 SELECT c.oid FROM pg_class c WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S') \
+                 UNION SELECT i.inhrelid FROM pg_inherits i JOIN tables t ON t.oid = i.inhparent JOIN pg_class c ON c.oid = i.inhrelid \
+                     WHERE c.relkind IN ('r', 'p', 'f')) \
+             SELECT format('\"%s\".\"%s\"', replace(n.nspname, '\"', '\"\"'), replace(c.relname, '\"', '\"\"')) \
+             FROM tables t JOIN pg_class c ON c.oid = t.oid JOIN pg_namespace n ON n.oid = c.relnamespace";
         let found =
             session.texts(sql, &[table]).await.map_err(|failure| Failure { code: Code::InvalidRequest, ..failure })?;
-        match found.into_iter().next() {
-            Some(pattern) => patterns.push(pattern),
-            None => {
+        match found.is_empty() {
+            false => patterns.extend(found),
+            true => {
                 let sql = "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                      WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema' \
                      ORDER BY 1 LIMIT $1";

@@ -24,7 +24,7 @@ use std::{
     collections::BTreeMap,
     fs::OpenOptions,
     io::Write,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
@@ -46,6 +46,8 @@ use crate::{
     wal::tail,
 };
 
+/// What must stay free on a file system that the live server is on, beyond what is restored and a quarter of that.
+const LIVE_MARGIN: u64 = 1 << 30;
 const PROGRESS_EVERY: Duration = Duration::from_millis(300);
 
 /// Who is told how far it is.
@@ -139,6 +141,9 @@ impl Side {
         let pgdata = options.work.pgdata.as_deref();
         let binaries = Binaries::find(options.work.pg_bindir.as_deref(), backup.major_version())?;
         tablespaces::check(pgdata, backup.system_identifier, &backup.tablespaces)?;
+        if let Some(pgdata) = pgdata {
+            leave_room(&options.work, pgdata, backup.restored_size())?;
+        }
         let (run, removed) = RunDirectory::new(options.work.scratch.as_deref(), pgdata, purpose)?;
         if removed > 0 {
             observer.say(&format!("Removed what {removed} killed run(s) had left in the scratch directory."));
@@ -319,6 +324,28 @@ impl Recovered {
         drop(server);
         side.leave()
     }
+}
+
+/// Refuses to fill the file system of the live server, which would stop there.
+fn leave_room(work: &WorkSettings, pgdata: &Path, size: u64) -> Result<(), Failure> {
+    let device = |path: &Path| std::fs::metadata(path).map(|meta| meta.dev()).ok();
+    let Some(scratch) = work.scratch.as_deref() else { return Ok(()) };
+    let shared = device(scratch).is_some_and(|device_of_scratch| {
+        [pgdata, &pgdata.join("pg_wal")].into_iter().any(|live| device(live) == Some(device_of_scratch))
+    });
+    let Some(room) = rustix::fs::statvfs(scratch).ok().filter(|_| shared) else { return Ok(()) };
+    let (free, needed) = (room.f_bavail.saturating_mul(room.f_frsize), size + size / 4 + LIVE_MARGIN);
+    if free >= needed {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::TargetDirectory,
+        format!(
+            "the scratch directory is on the live server's file system, where {free} bytes are free: {size} are restored, and with \
+             the WAL that is replayed {needed} must be, or the live server could run out of room"
+        ),
+    )
+    .hint("Set PGSIDECAR_SCRATCH or --scratch to a directory on another volume."))
 }
 
 /// What the server's restore_command needs to reach the repository: flags outrank the environment that it inherits.

@@ -273,3 +273,54 @@ fn no_private_server_comes_near_a_live_tablespace_pg15() {
 fn no_private_server_comes_near_a_live_tablespace_pg17() {
     no_private_server_comes_near_a_live_tablespace(17);
 }
+
+#[test]
+fn what_a_stopped_server_had_last_is_in_the_drill_and_nothing_later_pg15() {
+    let mut beside = Beside::new(15, &[]);
+    beside.postgres.sql("CREATE TABLE rows (n int)");
+    back_up(&beside.sidecar);
+    ship_wal(&beside.postgres);
+    beside.postgres.sql("INSERT INTO rows VALUES (1)");
+    // Both stop as a pod does: what the last segment holds is kept beside the archive.
+    beside.sidecar.tell_to_stop();
+    beside.postgres.stop("fast");
+    assert!(beside.sidecar.wait_for_end().success());
+    let keys = beside.keys();
+    let record = drill(&beside.sidecar, 0, &["--no-amcheck", "--query", "SELECT sum(n) = 1 FROM rows"]);
+    assert_eq!(steps(&record).last(), Some(&("query", "passed")));
+    assert_eq!(beside.keys(), keys);
+}
+
+#[test]
+fn wal_get_tells_not_there_from_can_t_tell_pg15() {
+    let mut beside = Beside::new(15, &[]);
+    let segments: Vec<String> = (0..2).map(|_| ship_wal(&beside.postgres)).collect();
+    // No daemon, no data directory.
+    beside.sidecar.stop();
+    beside.sidecar.set("PGDATA", "");
+    let Beside { sidecar, postgres, .. } = &beside;
+    let to = beside.scratch.dir("pg_wal").join("RECOVERYXLOG");
+    let get = |arguments: &[&str]| {
+        fs::remove_file(&to).ok();
+        let output = sidecar.cli(&[&["wal", "get", "--timeout", "1s"], arguments].concat());
+        let code = output.status.code().unwrap();
+        assert_eq!(to.exists(), code == 0, "{}", told(&output));
+        assert!(fs::read_dir(to.parent().unwrap()).unwrap().count() <= 1, "nothing else is left");
+        code
+    };
+    assert_eq!(get(&[&segments[0], text(&to)]), 0);
+    assert!(fs::read(&to).unwrap() == postgres.wal_file(&segments[0]));
+    assert_eq!(get(&["00000002.history", text(&to)]), 1);
+    assert_eq!(get(&["0000000100000000000000F0", text(&to)]), 1);
+    // There, and not wanted.
+    assert_eq!(get(&["--through", &segments[0], &segments[1], text(&to)]), 1);
+    assert_eq!(get(&["--through", &segments[0], &segments[0], text(&to)]), 0);
+    // Nothing of it is known, wrong usage, wrong settings, damage.
+    assert_eq!(get(&["--system-identifier", "7", &segments[0], text(&to)]), 200);
+    assert_eq!(get(&["no-name", text(&to)]), 200);
+    assert_eq!(get(&["--no-such-option", &segments[0], text(&to)]), 200);
+    assert_eq!(get(&["--repository", "ftp://x", &segments[0], text(&to)]), 200);
+    assert_eq!(get(&["--repository", "file:///nonexistent", &segments[0], text(&to)]), 200);
+    fs::write(object(&beside, &segments[0]), b"not zstd").unwrap();
+    assert_eq!(get(&[&segments[0], text(&to)]), 200);
+}

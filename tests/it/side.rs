@@ -79,6 +79,10 @@ fn a_dropped_table_is_extracted_and_the_live_server_keeps_going(major: u32) {
     let Beside { sidecar, postgres, scratch, .. } = &beside;
     postgres.sql("CREATE TABLE \"Odd Orders\" (n int PRIMARY KEY, note text)");
     postgres.sql("CREATE TABLE other (n int)");
+    postgres.sql("CREATE SCHEMA parts; CREATE TABLE parts.whole (n int) PARTITION BY RANGE (n)");
+    postgres.sql("CREATE TABLE parts.low PARTITION OF parts.whole FOR VALUES FROM (0) TO (10)");
+    postgres.sql("CREATE TABLE parts.high PARTITION OF parts.whole FOR VALUES FROM (10) TO (20)");
+    postgres.sql("INSERT INTO parts.whole VALUES (1), (11), (12)");
     back_up(sidecar);
     postgres.sql("INSERT INTO \"Odd Orders\" SELECT n, 'row ' || n FROM generate_series(1, 100) n");
     let before = postgres.now();
@@ -110,6 +114,10 @@ fn a_dropped_table_is_extracted_and_the_live_server_keeps_going(major: u32) {
     let said = sidecar.fails(1, &["extract", "--database", "shop", "--output", text(&elsewhere)]);
     assert!(said.contains("no database \"shop\"") && said.contains("postgres, template1"), "{said}");
     assert!(!elsewhere.exists());
+    // With its partitions.
+    let arguments = ["extract", "--database", "postgres", "--format", "plain", "--output", "-"];
+    let sql = sidecar.ok(&[&arguments[..], &["--table", "parts.whole"]].concat());
+    assert!(sql.contains("\n11\n12\n") && sql.contains("ATTACH PARTITION parts.low"), "{sql}");
     // All of it, to stdout.
     let sql = sidecar.ok(&[
         "extract",
