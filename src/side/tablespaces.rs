@@ -82,13 +82,16 @@ pub fn check_within(run: &Path, data: &Path) -> Result<(), Failure> {
     }
 }
 
-/// What is said of a tablespace that must not be made.
+const WHAT_TO_DO: &str = "Take a new backup and choose a target after it, choose an earlier target, or run this where the live server's volumes aren't: as a Job of its own, with an empty directory at that path.";
+
+/// What is said of a tablespace that was made.
 fn leads_out(location: &str) -> Failure {
-    refused(&format!("replay has made a tablespace at {location}, outside of the scratch directory"))
+    refused(&format!("replay has made one at {location}, outside of the scratch directory"))
+        .hint(format!("The private server was ended at once. {WHAT_TO_DO}"))
 }
 
-/// The failure of a private server that came to such a tablespace. `what` says how.
+/// The failure of a private server that came to such a tablespace, and hasn't made it. `what` says how.
 pub(super) fn refused(what: &str) -> Failure {
     Failure::new(Code::TargetDirectory, format!("a tablespace was created after the backup: {what}"))
-        .hint("The private server was ended, and nothing was written there. Take a new backup and choose a target after it, choose an earlier target, or run this where the live server's volumes aren't: as a Job of its own, with an empty directory at that path.")
+        .hint(format!("The private server was ended, and nothing was written there. {WHAT_TO_DO}"))
 }

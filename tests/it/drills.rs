@@ -255,7 +255,8 @@ fn no_private_server_comes_near_a_live_tablespace(major: u32) {
     beside.sidecar.set("PGDATA", "");
     let record = drill(&beside.sidecar, 73, &["--target-time", &then]);
     assert_eq!(steps(&record).last(), Some(&("recovery", "not_tried")));
-    assert!(message(&record, "recovery").contains(text(&new)), "{record}");
+    let refused = format!("creates a tablespace at {}", new.display());
+    assert!(message(&record, "recovery").contains(&refused), "before it got that WAL: {record}");
     let dump = beside.scratch.path().join("x.dump");
     let said = beside.sidecar.fails(73, &["extract", "--database", "postgres", "--output", text(&dump)]);
     assert!(said.contains(text(&new)), "{said}");

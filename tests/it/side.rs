@@ -8,7 +8,7 @@ use std::{
 
 use crate::support::{
     Postgres, Repository, Scratch, Sidecar, archiving,
-    restoring::{back_up, ship_wal, text},
+    restoring::{archiving_configured, back_up, ship_wal, text},
     run, told,
 };
 
@@ -204,4 +204,35 @@ fn a_drill_passes_and_status_and_metrics_tell_it_pg15() {
 #[test]
 fn a_drill_passes_and_status_and_metrics_tell_it_pg17() {
     a_drill_passes_and_status_and_metrics_tell_it(17);
+}
+
+#[test]
+fn a_chain_in_s3_is_tried_out_with_flags_alone_pg17() {
+    let scratch = Scratch::new();
+    let repository = Repository::s3();
+    let (postgres, mut sidecar) = archiving_configured(&scratch, 17, SMALL_WAL, &repository, &["summarize_wal = on"]);
+    postgres.sql("CREATE TABLE rows (n int); INSERT INTO rows SELECT generate_series(1, 1000)");
+    let full = back_up(&sidecar);
+    postgres.sql("UPDATE rows SET n = n + 1000");
+    let incremental = back_up(&sidecar);
+    assert!(incremental.ends_with("-incremental"), "{incremental}");
+    postgres.sql("DELETE FROM rows WHERE n > 1500");
+    ship_wal(&postgres);
+    // Without a daemon, and with the settings as flags: the server's restore_command has to get them all the same.
+    sidecar.stop();
+    let runs = scratch.dir("runs");
+    let mut flags = vec![format!("--scratch={}", text(&runs)), format!("--pg-bindir={}", text(&Postgres::bin(17)))];
+    for (variable, flag) in
+        [("PGSIDECAR_REPOSITORY", "repository"), ("AWS_ENDPOINT_URL_S3", "s3-endpoint"), ("AWS_REGION", "s3-region")]
+    {
+        let value = sidecar.environment.iter().find(|(name, _)| name == variable).unwrap().1.clone();
+        flags.push(format!("--{flag}={value}"));
+        sidecar.set(variable, "");
+    }
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let arguments = ["drill", "run", "--query", "SELECT count(*) = 500 FROM rows", "--heapallindexed"];
+    let record = sidecar.json(&[&arguments[..], &flags].concat());
+    assert_eq!(record["chain"], serde_json::json!([full, incremental]));
+    assert_eq!(steps(&record).last(), Some(&("query", "passed")));
+    assert_eq!(files(&runs), Vec::<String>::new());
 }
