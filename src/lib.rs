@@ -21,6 +21,7 @@ pub mod progress;
 pub mod repository;
 pub mod restore;
 pub mod settings;
+pub mod side;
 pub mod snapshot;
 pub mod store;
 pub mod switch;

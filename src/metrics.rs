@@ -1,5 +1,6 @@
 //! Metrics for Prometheus, in the OpenMetrics text format: the status, as numbers.
 
+use pgsidecar_core::drill::DrillOutcome;
 use prometheus_client::{
     encoding::text::encode,
     metrics::{counter::ConstCounter, gauge::ConstGauge, info::Info},
@@ -107,6 +108,18 @@ pub fn render(status: &Status) -> Result<String, Failure> {
             "restores_kept",
             "Earlier databases that restores in place have kept on the volume",
             ConstGauge::new(i64::try_from(restores.kept).unwrap_or(i64::MAX)),
+        );
+    }
+    if let Some(drill) = &status.last_drill {
+        registry.register(
+            "last_drill_timestamp_seconds",
+            "End of the last drill",
+            ConstGauge::new(drill.ended_at.as_second()),
+        );
+        registry.register(
+            "last_drill_passed",
+            "1 if it passed, 0 if it failed or could not be tried",
+            flag(drill.outcome == DrillOutcome::Passed),
         );
     }
     let mut text = String::new();

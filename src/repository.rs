@@ -3,6 +3,7 @@
 //! Guarantees: creating is idempotent. The same content again is a success, other content under the same name
 //! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
 
+mod drills;
 mod listing;
 mod snapshots;
 mod stored;

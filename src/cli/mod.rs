@@ -3,10 +3,13 @@
 
 pub mod backup;
 pub mod check;
+pub mod drill;
+pub mod extract;
 mod in_place;
 pub mod output;
 pub mod progress;
 pub mod restore;
+pub mod side;
 pub mod snapshot;
 pub mod status;
 pub mod wal;
@@ -34,7 +37,7 @@ use crate::{
     0  done\n   \
     1  failed, or refused\n   \
     2  wrong usage\n  \
-    65  the recovery target can't be reached, or data is damaged or missing\n  \
+    65  the recovery target can't be reached, data is damaged or missing, or a drill failed\n  \
     69  the store, PostgreSQL or the daemon is unavailable\n  \
     70  a bug\n  \
     73  the directory to restore to can't be used\n  \
@@ -70,6 +73,11 @@ enum Command {
     /// Restore to a new directory, to any point in time
     #[command(subcommand)]
     Restore(restore::RestoreCommand),
+    /// Get one database, or some of its tables, as they were at any point in time; the live server isn't touched
+    Extract(extract::ExtractArgs),
+    /// Try a restore out: does it start, is it whole, does it hold what it should?
+    #[command(subcommand)]
+    Drill(drill::DrillCommand),
     /// Archived WAL: what is there, and whether it is whole
     #[command(subcommand)]
     Wal(wal::WalCommand),
@@ -93,7 +101,13 @@ pub struct SystemArgs {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        let _ = error.print();
+        // To PostgreSQL, the usual code of wrong usage would mean that there is no such file.
+        let cannot_tell = error.use_stderr() && wal::looks_like_get(std::env::args_os());
+        std::process::exit(if cannot_tell { i32::from(wal::CANNOT_TELL) } else { error.exit_code() })
+    });
+    let for_postgresql = matches!(&cli.command, Command::Wal(command) if command.is_restore_command());
     let is_daemon = matches!(cli.command, Command::Run { .. });
     let default_level = if is_daemon { "info" } else { "warn" };
     let mut settings = Settings::resolve(&cli.settings, &PodEnvironment::from_process());
@@ -114,7 +128,7 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             output::print_failure(&failure);
-            ExitCode::from(failure.code.exit_code())
+            ExitCode::from(if for_postgresql { wal::CANNOT_TELL } else { failure.code.exit_code() })
         }
     }
 }
@@ -131,6 +145,8 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Backup(command) => backup::run(settings, command).await,
         Command::Snapshot(command) => snapshot::run(settings, command).await.map(done),
         Command::Restore(command) => restore::run(settings, command).await.map(done),
+        Command::Extract(args) => extract::run(settings, args).await,
+        Command::Drill(command) => drill::run(settings, command).await,
         Command::Wal(command) => wal::run(settings, command).await,
     }
 }

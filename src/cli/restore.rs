@@ -72,6 +72,12 @@ pub struct TargetArgs {
     /// Begin with this backup [default: the newest before the target]
     #[arg(long, value_name = "ID")]
     backup: Option<BackupId>,
+}
+
+/// What a restore can begin with besides a backup.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Recovery target")]
+pub struct SnapshotArgs {
     /// Begin with this storage snapshot, from which the directory --to was rolled back or cloned
     #[arg(long, value_name = "ID", conflicts_with = "backup")]
     from_snapshot: Option<SnapshotId>,
@@ -87,6 +93,8 @@ pub struct PlanArgs {
     // Last: whatever follows would stand under its heading in --help.
     #[command(flatten)]
     target: TargetArgs,
+    #[command(flatten)]
+    snapshot: SnapshotArgs,
 }
 
 /// `restore run`
@@ -120,6 +128,8 @@ pub struct RunArgs {
     // Last: whatever follows would stand under its heading in --help.
     #[command(flatten)]
     target: TargetArgs,
+    #[command(flatten)]
+    snapshot: SnapshotArgs,
     /// Stop just before the target instead of just after it
     #[arg(long)]
     target_exclusive: bool,
@@ -144,7 +154,11 @@ impl TargetArgs {
         })
     }
 
-    fn request(&self) -> Result<RestoreRequest, Failure> {
+    /// The request that these arguments make.
+    ///
+    /// # Errors
+    /// [`Code::InvalidRequest`] if the time isn't one.
+    pub(super) fn request(&self) -> Result<RestoreRequest, Failure> {
         let target = if let Some(text) = &self.target_time {
             let time =
                 parse_target_time(text).map_err(|error| Failure::new(Code::InvalidRequest, error.to_string()))?;
@@ -174,7 +188,7 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
         RestoreCommand::Plan(args) => {
             let request = args.target.request()?;
             let repository = open_repository(work, &args.system).await?;
-            if let Some(id) = args.target.from_snapshot {
+            if let Some(id) = args.snapshot.from_snapshot {
                 let plan = restore::snapshot::plan(&repository, id, request.target, request.timeline).await?;
                 return if args.output.json {
                     output::print_json(&plan)
@@ -213,7 +227,7 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
                 restore_command,
                 parallelism: work.parallelism,
             };
-            if let Some(id) = args.target.from_snapshot {
+            if let Some(id) = args.snapshot.from_snapshot {
                 let plan = restore::snapshot::plan(&repository, id, request.target, request.timeline).await?;
                 if !args.output.json {
                     print_snapshot_plan(&plan, &repository)?;

@@ -50,6 +50,15 @@ pub async fn run(settings: &Settings, args: OutputArgs) -> Result<(), Failure> {
                 _ => "none".to_owned(),
             },
         ),
+        (
+            "Last drill",
+            match status.pointer("/last_drill/id") {
+                Some(Value::String(_)) => {
+                    format!("{} at {}", text("/last_drill/outcome").replace('_', " "), text("/last_drill/ended_at"))
+                }
+                _ => "none".to_owned(),
+            },
+        ),
         ("Overwrite guard", text("/conditional_creation")),
     ];
     for (name, value) in lines {

@@ -1,13 +1,14 @@
-//! `pgsidecar wal list|verify|take-over`
+//! `pgsidecar wal list|verify|get|take-over`
 
 use std::{
+    path::PathBuf,
     process::ExitCode,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use clap::{Args, Subcommand};
-use pgsidecar_core::{MAX_GAPS, TimelineId};
+use pgsidecar_core::{ArchiveFileName, Lsn, MAX_GAPS, SegmentName, TimelineId, settings::parse_duration};
 use serde::Serialize;
 
 use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
@@ -16,6 +17,7 @@ use crate::{
     pgdata::DataDirectory,
     settings::{Settings, WorkSettings},
     wal::{
+        get::{self, GetRequest, Private},
         owner::{self, TimelineOwner},
         survey::{Survey, survey},
         verify::{Verification, VerifyOptions, VerifyProgress, verify},
@@ -29,6 +31,9 @@ pub enum WalCommand {
     List(ListArgs),
     /// Check that all WAL is there that restores could need; ends with 65 if some is missing or damaged
     Verify(VerifyArgs),
+    /// Fetch one WAL file without a daemon, as restore_command: ends with 0 if it's there, with 1 if the store has said
+    /// that it isn't, and with 200 if it can't be told. Not for a standby: there, use pgsidecar-wal
+    Get(GetArgs),
     /// Make this workload the one that archives a timeline, in place of another whose server must not run any more
     TakeOver(TakeOverArgs),
 }
@@ -60,6 +65,34 @@ pub struct VerifyArgs {
     output: OutputArgs,
 }
 
+/// `wal get`
+#[derive(Args, Debug)]
+pub struct GetArgs {
+    /// The file's name, restore_command's %f
+    #[arg(value_name = "NAME")]
+    name: ArchiveFileName,
+    /// Where to put it, restore_command's %p
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Where the whole segment doesn't exist, take what a stopped server had of it
+    #[arg(long)]
+    tail: bool,
+    /// Say of every segment behind this one that it isn't there
+    #[arg(long, value_name = "SEGMENT")]
+    through: Option<SegmentName>,
+    /// For a private copy, whose replay begins at this LSN: refuse a segment that creates a tablespace where something lies
+    #[arg(long, value_name = "LSN", requires = "notes")]
+    private_from: Option<Lsn>,
+    /// With --private-from: a file to note what the last segment ended with
+    #[arg(long, value_name = "FILE", requires = "private_from")]
+    notes: Option<PathBuf>,
+    /// How long to wait for a store that can't be reached
+    #[arg(long, value_name = "TIME", default_value = "5min", value_parser = parse_duration)]
+    timeout: Duration,
+    #[command(flatten)]
+    system: SystemArgs,
+}
+
 /// `wal take-over`
 #[derive(Args, Debug)]
 pub struct TakeOverArgs {
@@ -77,8 +110,12 @@ pub struct TakeOverArgs {
 /// # Errors
 /// What went wrong. Missing and damaged WAL is a result, not an error: the exit code tells it.
 pub async fn run(settings: &Settings, command: WalCommand) -> Result<ExitCode, Failure> {
+    if let WalCommand::Get(args) = command {
+        return Ok(get_file(settings, args).await);
+    }
     let work = settings.work()?;
     match command {
+        WalCommand::Get(_) => Ok(ExitCode::from(CANNOT_TELL)),
         WalCommand::List(args) => {
             let repository = open_repository(work, &args.system).await?;
             let survey = survey(&repository, args.timeline).await?;
@@ -106,6 +143,53 @@ pub async fn run(settings: &Settings, command: WalCommand) -> Result<ExitCode, F
                 print_verification(&verified)?
             }
             Ok(if verified.ok { ExitCode::SUCCESS } else { ExitCode::from(Code::Damaged.exit_code()) })
+        }
+    }
+}
+
+/// The exit code of `wal get` where it can't be told whether there is such a file. PostgreSQL stops then, rather than take
+/// it for the end of the archive.
+pub const CANNOT_TELL: u8 = 200;
+
+impl WalCommand {
+    /// Whether PostgreSQL reads the exit code.
+    pub fn is_restore_command(&self) -> bool {
+        matches!(self, WalCommand::Get(_))
+    }
+}
+
+/// Whether a command line that can't be understood is meant to be `wal get`.
+pub fn looks_like_get(arguments: impl Iterator<Item = std::ffi::OsString>) -> bool {
+    let arguments: Vec<_> = arguments.collect();
+    arguments.windows(2).any(|pair| pair[0] == "wal" && pair[1] == "get")
+}
+
+async fn get_file(settings: &Settings, args: GetArgs) -> ExitCode {
+    let got = match settings.work() {
+        Err(failure) => Err(failure),
+        Ok(work) => {
+            let work = work.clone();
+            // A task of its own: a panic would end the process with a code that means "not there".
+            let task = tokio::spawn(async move {
+                let request = GetRequest {
+                    name: args.name,
+                    to: args.file,
+                    tail: args.tail,
+                    through: args.through,
+                    archive_directory: work.archive_directory.clone(),
+                    patience: args.timeout,
+                    private: args.private_from.zip(args.notes).map(|(from, notes)| Private { from, notes }),
+                };
+                get::get(&open_repository(&work, &args.system).await?, &request).await
+            });
+            task.await.unwrap_or_else(|panic| Err(panic.into()))
+        }
+    };
+    match got {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::print_failure(&failure);
+            ExitCode::from(if failure.code == Code::NotInArchive { 1 } else { CANNOT_TELL })
         }
     }
 }

@@ -64,7 +64,7 @@ use crate::{
 const RETRY_START_WORK: Duration = Duration::from_secs(10);
 
 pub use fetching::Wanted;
-pub use status::{ArchiveStatus, LastBackup, RestoresStatus, Status};
+pub use status::{ArchiveStatus, LastBackup, LastDrill, RestoresStatus, Status};
 
 /// Opens the store that the settings name. No network access.
 pub async fn open_store(settings: &WorkSettings) -> Arc<dyn Store> {
@@ -107,6 +107,7 @@ struct Work {
     noted: Mutex<Option<SystemIdentifier>>,
     conditional: Mutex<Option<ConditionalCreation>>,
     recoverable: tokio::sync::Mutex<Option<(Instant, Option<LastBackup>)>>,
+    drilled: tokio::sync::Mutex<Option<(Instant, Option<LastDrill>)>>,
 }
 
 impl App {
@@ -127,6 +128,7 @@ impl App {
                     noted: Mutex::default(),
                     conditional: Mutex::default(),
                     recoverable: tokio::sync::Mutex::default(),
+                    drilled: tokio::sync::Mutex::default(),
                 })
             }
         };

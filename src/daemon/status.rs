@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use pgsidecar_core::{BackupId, SystemIdentifier};
+use pgsidecar_core::{BackupId, DrillId, SystemIdentifier, drill::DrillOutcome};
 use serde::Serialize;
 
 use super::{App, Work};
@@ -32,6 +32,26 @@ pub struct LastBackup {
     pub damaged_pages: u64,
 }
 
+/// How long what is known of the last drill holds. They're rare, and each look costs a listing.
+const DRILL_CACHE: Duration = Duration::from_secs(60);
+/// How far back a drill is looked for: a listing of at most a few thousand names.
+const DRILLS_WITHIN: Duration = Duration::from_secs(400 * 24 * 3600);
+
+/// The last drill, for the status.
+#[derive(Clone, Debug, Serialize)]
+pub struct LastDrill {
+    /// Its id.
+    pub id: DrillId,
+    /// When it had ended.
+    pub ended_at: Timestamp,
+    /// How it went.
+    pub outcome: DrillOutcome,
+    /// The backup that was restored.
+    pub backup: Option<BackupId>,
+    /// What was wrong, a sentence for people.
+    pub because: Option<String>,
+}
+
 /// `GET /v1/status`.
 #[derive(Debug, Serialize)]
 pub struct Status {
@@ -55,6 +75,8 @@ pub struct Status {
     pub last_backup: Option<LastBackup>,
     /// Restores in place: what is prepared, and what is kept; unknown without a data directory.
     pub restores: Option<RestoresStatus>,
+    /// The last drill of the last 400 days that was recorded; unknown while the store can't be reached.
+    pub last_drill: Option<LastDrill>,
     /// The job that was started last.
     pub last_job: Option<Snapshot>,
 }
@@ -101,6 +123,7 @@ impl App {
             },
             last_backup: None,
             restores: None,
+            last_drill: None,
             last_job: self.jobs.last().map(|job| job.snapshot()),
         };
         match &self.work {
@@ -165,9 +188,38 @@ impl Work {
                 status.problems.extend(damaged.map(damaged_database));
                 status.last_backup = last;
             }
-            Ok(Err(failure)) => status.problems.push(failure),
-            Err(_) => status.problems.push(Failure::new(Code::StoreUnavailable, "the store does not answer in time")),
+            Ok(Err(failure)) => return status.problems.push(failure),
+            Err(_) => {
+                return status.problems.push(Failure::new(Code::StoreUnavailable, "the store does not answer in time"));
+            }
         }
+        // Without it the status is no worse: who may archive needn't be allowed to see drills.
+        if let Ok(Ok(last)) = tokio::time::timeout(STATUS_PATIENCE, self.last_drill(&repository)).await {
+            let failed = last.as_ref().filter(|last| last.outcome == DrillOutcome::Failed);
+            status.problems.extend(failed.map(failed_drill));
+            status.last_drill = last;
+        }
+    }
+
+    async fn last_drill(&self, repository: &Repository) -> Result<Option<LastDrill>, Failure> {
+        let mut cached = self.drilled.lock().await;
+        if let Some((at, last)) = &*cached
+            && at.elapsed() < DRILL_CACHE
+        {
+            return Ok(last.clone());
+        }
+        let mut last = None;
+        for id in repository.drill_ids(DRILLS_WITHIN).await?.into_iter().rev() {
+            if let Some(record) = repository.drill(id).await? {
+                let wrong = record.steps.iter().find(|step| step.outcome == record.outcome);
+                let because = wrong.filter(|_| record.outcome != DrillOutcome::Passed).map(|step| step.message.clone());
+                let (ended_at, outcome, backup) = (record.ended_at, record.outcome, record.backup);
+                last = Some(LastDrill { id, ended_at, outcome, backup, because });
+                break;
+            }
+        }
+        *cached = Some((Instant::now(), last.clone()));
+        Ok(last)
     }
 
     async fn last_backup(&self, repository: &Repository) -> Result<Option<LastBackup>, Failure> {
@@ -189,6 +241,12 @@ impl Work {
         *cached = Some((Instant::now(), last.clone()));
         Ok(last)
     }
+}
+
+fn failed_drill(drill: &LastDrill) -> Failure {
+    let because = drill.because.as_deref().unwrap_or("its record doesn't say why");
+    Failure::new(Code::Damaged, format!("the drill of {} failed: {because}", drill.id))
+        .hint("'pgsidecar drill list' shows the drills. Once the cause is gone, 'pgsidecar drill run' passes again.")
 }
 
 fn damaged_database(backup: &LastBackup) -> Failure {

@@ -90,6 +90,10 @@ pub struct WorkSettings {
     pub spool: Option<PathBuf>,
     /// `pgsidecar-wal` as PostgreSQL sees it.
     pub helper: PathBuf,
+    /// Where PostgreSQL's programs are, if somebody said so.
+    pub pg_bindir: Option<PathBuf>,
+    /// Where private servers get their directories.
+    pub scratch: Option<PathBuf>,
 }
 
 /// How S3 is reached. Credentials come from the SDK's chain.
@@ -425,6 +429,8 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
         ),
         spool: resolver.value("PGSIDECAR_SPOOL", raw.spool.as_ref(), None, |text| absolute(text).map(Some)),
         helper: resolver.value("PGSIDECAR_HELPER", raw.helper.as_ref(), default_helper(), absolute),
+        pg_bindir: resolver.value("PG_BINDIR", raw.pg_bindir.as_ref(), None, |text| absolute(text).map(Some)),
+        scratch: resolver.value("PGSIDECAR_SCRATCH", raw.scratch.as_ref(), None, |text| absolute(text).map(Some)),
         repository: repository?,
         cluster: cluster?,
     })

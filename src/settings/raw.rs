@@ -175,6 +175,19 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub spool: Option<String>,
+    /// PostgreSQL's programs, of the backup's major version, for drill and extract [default: where they usually are]
+    #[arg(long, global = true, env = "PG_BINDIR", value_name = "DIR", hide_env_values = true, hide_short_help = true)]
+    pub pg_bindir: Option<String>,
+    /// Where drill and extract restore to, each time into a new directory of its own that is removed again
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_SCRATCH",
+        value_name = "DIR",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub scratch: Option<String>,
     /// Where archive_command and restore_command reach the daemon: a loopback address [default: 127.0.0.1:7433]
     #[arg(
         long,

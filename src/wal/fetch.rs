@@ -180,6 +180,14 @@ impl Fetcher {
     pub async fn fetch(&self, request: &FetchRequest) -> Result<Spooled, Failure> {
         self.shared.fetch(request).await
     }
+
+    /// Fetches a file for a process that won't be asked for another: nothing is fetched ahead.
+    ///
+    /// # Errors
+    /// As [`Fetcher::fetch`].
+    pub async fn fetch_alone(&self, request: &FetchRequest) -> Result<Spooled, Failure> {
+        self.shared.fetch_now(request).await.map(|fetched| fetched.file)
+    }
 }
 
 impl Shared {

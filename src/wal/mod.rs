@@ -5,6 +5,7 @@ mod arriving;
 mod check;
 pub mod directory;
 pub mod fetch;
+pub mod get;
 pub mod lookahead;
 pub mod owner;
 pub mod remains;
@@ -15,7 +16,7 @@ pub mod standby;
 pub mod statistics;
 mod storing;
 pub mod survey;
-mod tail;
+pub mod tail;
 pub mod verify;
 
 use pgsidecar_core::ControlFile;

@@ -15,6 +15,7 @@ mod chains;
 mod checked;
 mod crash;
 mod daemon;
+mod drills;
 mod failover;
 mod hardened;
 mod in_place;
@@ -30,6 +31,7 @@ mod restore_refusals;
 #[path = "../support/server.rs"]
 mod server;
 mod shutdown;
+mod side;
 mod snapshots;
 mod standby_chains;
 mod support;

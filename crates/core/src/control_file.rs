@@ -75,6 +75,10 @@ pub struct ControlFile {
     pub backup_start_point: Lsn,
     /// 0 is `minimal`, 1 `replica`, 2 `logical`.
     pub wal_level: i32,
+    /// The server's `max_prepared_transactions`: recovery needs room for as many.
+    pub max_prepared_transactions: u32,
+    /// The server's `max_locks_per_transaction`.
+    pub max_locks_per_transaction: u32,
     /// Length of a data page in bytes (`BLCKSZ`), nearly always 8,192.
     pub block_size: u32,
     /// Pages in each file of a relation but its last (`RELSEG_SIZE`): 131,072 (1 GiB) unless compiled otherwise.
@@ -191,6 +195,8 @@ impl ControlFile {
             minimum_recovery_point: lsn_at(136)?,
             backup_start_point: lsn_at(152)?,
             wal_level: u32_at(172)?.cast_signed(),
+            max_prepared_transactions: u32_at(192)?,
+            max_locks_per_transaction: u32_at(196)?,
             // The sizes that PostgreSQL's configure allows.
             block_size: checked("blcksz", 216, |n| n.is_power_of_two() && (1 << 10..=1 << 15).contains(&n))?,
             relation_segment_blocks: checked("relseg_size", 220, |n| n > 0)?,
@@ -243,6 +249,8 @@ mod tests {
             minimum_recovery_point: lsn("0/900028"),
             backup_start_point: lsn("0/900028"),
             wal_level: 2,
+            max_prepared_transactions: 0,
+            max_locks_per_transaction: 64,
             block_size: 8192,
             relation_segment_blocks: 131072,
             wal_block_size: 8192,
@@ -267,6 +275,8 @@ mod tests {
             minimum_recovery_point: Lsn::INVALID,
             backup_start_point: Lsn::INVALID,
             wal_level: 0,
+            max_prepared_transactions: 0,
+            max_locks_per_transaction: 64,
             block_size: 8192,
             relation_segment_blocks: 131072,
             wal_block_size: 8192,

@@ -14,11 +14,12 @@
 //!   backups/<id>/index.jsonl.zst, backup_manifest.zst
 //!   backups/<id>/backup.json            the commit marker, written last
 //!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
+//!   drills/<id>.json                    how a restore went that was tried out
 //! ```
 
 use crate::{
-    ArchiveFileName, BackupId, ClusterName, ObjectKey, SegmentName, Sha256Digest, SnapshotId, SystemIdentifier,
-    TimelineId,
+    ArchiveFileName, BackupId, ClusterName, DrillId, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
+    SystemIdentifier, TimelineId,
 };
 
 /// How many hexadecimal digits of the content's hash the keys of a `.partial` and of a tail carry.
@@ -48,6 +49,8 @@ pub enum RepositoryObject {
     Backup(BackupId, BackupObject),
     /// `snapshot.json` of a snapshot.
     Snapshot(SnapshotId),
+    /// The record of a drill.
+    Drill(DrillId),
 }
 
 /// The objects of a base backup.
@@ -123,6 +126,7 @@ impl Layout {
             }
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
             RepositoryObject::Snapshot(id) => format!("snapshots/{id}/snapshot.json"),
+            RepositoryObject::Drill(id) => format!("drills/{id}.json"),
         };
         key(self.prefix() + &path)
     }
@@ -210,6 +214,11 @@ impl Layout {
         prefix.strip_prefix(&self.snapshots_prefix())?.strip_suffix('/')?.parse().ok()
     }
 
+    /// What the keys of all drills' records begin with.
+    pub fn drills_prefix(&self) -> String {
+        format!("{}drills/", self.prefix())
+    }
+
     /// What this key names; `None` for whatever isn't ours.
     pub fn parse(&self, key: &ObjectKey) -> Option<RepositoryObject> {
         let path = key.as_str().strip_prefix(&self.prefix())?;
@@ -250,6 +259,7 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
         }
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
         ["snapshots", id, "snapshot.json"] => Some(RepositoryObject::Snapshot(id.parse().ok()?)),
+        ["drills", file] => Some(RepositoryObject::Drill(file.strip_suffix(".json")?.parse().ok()?)),
         _ => None,
     }
 }
@@ -345,6 +355,7 @@ mod tests {
             (RepositoryObject::Backup(id, BackupObject::Index), "backups/20261121T061500Z-full/index.jsonl.zst"),
             (RepositoryObject::Backup(id, BackupObject::Part(7)), "backups/20261121T061500Z-full/part-00007.tar.zst"),
             (RepositoryObject::Snapshot(snapshot), "snapshots/20261121T061500Z-snapshot/snapshot.json"),
+            (RepositoryObject::Drill(DrillId::new(id.began())), "drills/20261121T061500Z.json"),
         ];
         for (object, path) in objects {
             assert_eq!(layout().key(&object).as_str(), format!("shop/orders/7575002186531184001/{path}"));
@@ -369,6 +380,8 @@ mod tests {
             "backups/20261121T061500Z-snapshot/backup.json",
             "snapshots/20261121T061500Z-full/snapshot.json",
             "snapshots/20261121T061500Z-snapshot/backup.json",
+            "drills/20261121T061500Z-full.json",
+            "drills/20261121T061500Z/drill.json",
         ] {
             assert_eq!(parse(path), None, "{path}");
         }
