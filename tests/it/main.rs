@@ -33,5 +33,6 @@ mod snapshots;
 mod support;
 mod taken_twice;
 mod throttling;
+mod wal_records;
 mod wal_restoring;
 mod wal_verify;

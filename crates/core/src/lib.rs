@@ -30,6 +30,7 @@ pub mod standby;
 mod wal;
 mod wal_header;
 mod wal_pages;
+pub mod wal_records;
 pub mod wal_summary;
 
 pub use archive_file::{ArchiveFileName, ParseArchiveFileNameError};
