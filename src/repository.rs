@@ -4,6 +4,8 @@
 //! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
 
 mod listing;
+mod partly;
+mod restore_points;
 mod snapshots;
 mod stored;
 
@@ -522,13 +524,14 @@ impl Repository {
         parsed.map(Some).map_err(|error| damaged(&name.to_string(), &error.to_string()))
     }
 
-    /// Backups and timeline histories: what a restore is planned from.
+    /// Backups, timeline histories and restore points: what a restore is planned from.
     ///
     /// # Errors
     /// The store's; [`Code::Damaged`].
     pub async fn catalog(&self) -> Result<Catalog, Failure> {
         let histories = self.histories().await?;
-        Ok(Catalog { backups: self.backups().await?, histories })
+        let restore_points = self.restore_points().await?;
+        Ok(Catalog { backups: self.backups().await?, histories, restore_points })
     }
 }
 

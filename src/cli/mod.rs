@@ -4,6 +4,7 @@
 pub mod backup;
 pub mod check;
 pub mod output;
+pub mod plan;
 pub mod progress;
 pub mod restore;
 pub mod snapshot;

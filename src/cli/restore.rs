@@ -10,12 +10,16 @@ use std::{
 
 use clap::{Args, Subcommand};
 use pgsidecar_core::{
-    BackupId, BackupRecord, Lsn, SegmentName, SnapshotId, TimelineId,
-    plan::{RestorePlan, RestoreRequest, SnapshotPlan},
+    BackupId, BackupRecord, Lsn, SnapshotId, TimelineId,
+    plan::RestoreRequest,
     recovery::{RecoveryTarget, RestorePointName, TargetAction, parse_target_time},
 };
 
-use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
+use super::{
+    OutputArgs, SystemArgs, open_repository, output,
+    plan::{self, print_plan, print_snapshot_plan},
+    progress::Shown,
+};
 use crate::{
     estimate::Estimate,
     failure::{Code, Failure},
@@ -43,7 +47,8 @@ pub struct TargetArgs {
     /// End at this LSN
     #[arg(long, value_name = "LSN", group = "target")]
     target_lsn: Option<Lsn>,
-    /// End at this restore point (pg_create_restore_point); needs --backup or --from-snapshot
+    /// End at this restore point, the newest of this name; needs --backup or --from-snapshot if it isn't one of
+    /// 'restore-point list'
     #[arg(long, value_name = "NAME", group = "target")]
     target_name: Option<RestorePointName>,
     /// End at the commit of this transaction
@@ -61,11 +66,17 @@ pub struct TargetArgs {
     /// Begin with this storage snapshot, from which the directory --to was rolled back or cloned
     #[arg(long, value_name = "ID", conflicts_with = "backup")]
     from_snapshot: Option<SnapshotId>,
+    /// Stop just before the target instead of just after it
+    #[arg(long)]
+    target_exclusive: bool,
 }
 
 /// `restore plan`
 #[derive(Args, Debug)]
 pub struct PlanArgs {
+    /// Tell how much room there is where it would be restored to
+    #[arg(long, value_name = "DIR")]
+    to: Option<PathBuf>,
     #[command(flatten)]
     system: SystemArgs,
     #[command(flatten)]
@@ -95,9 +106,6 @@ pub struct RunArgs {
     // Last: whatever follows would stand under its heading in --help.
     #[command(flatten)]
     target: TargetArgs,
-    /// Stop just before the target instead of just after it
-    #[arg(long)]
-    target_exclusive: bool,
     /// What the server does at the target: promote, pause or shutdown
     #[arg(long, value_name = "ACTION", default_value_t = TargetAction::Promote)]
     target_action: TargetAction,
@@ -120,7 +128,8 @@ impl TargetArgs {
         } else {
             RecoveryTarget::Latest
         };
-        Ok(RestoreRequest { target, timeline: self.target_timeline, backup: self.backup })
+        let (timeline, backup, inclusive) = (self.target_timeline, self.backup, !self.target_exclusive);
+        Ok(RestoreRequest { target, timeline, backup, inclusive })
     }
 }
 
@@ -143,7 +152,12 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
                 };
             }
             let plan = restore::plan(&repository, request).await?;
-            if args.output.json { output::print_json(&plan) } else { print_plan(&plan, &repository) }
+            let space = args.to.as_deref().and_then(plan::Space::at);
+            if args.output.json {
+                return output::print_json(&plan::WithSpace { plan: &plan, space });
+            }
+            print_plan(&plan, &repository)?;
+            space.map_or(Ok(()), |space| space.print(&plan))
         }
         RestoreCommand::Run(args) => {
             let request = args.target.request()?;
@@ -157,7 +171,7 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             };
             let options = RestoreOptions {
                 to: args.to.clone(),
-                inclusive: !args.target_exclusive,
+                inclusive: !args.target.target_exclusive,
                 action: args.target_action,
                 tablespaces,
                 restore_command,
@@ -251,65 +265,4 @@ fn show_progress(progress: Arc<Progress>, total: u64, json: bool) -> tokio::task
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     })
-}
-
-fn print_plan(plan: &RestorePlan, repository: &Repository) -> Result<(), Failure> {
-    let lines = [
-        ("From", repository.store().description()),
-        (
-            "Backup",
-            format!(
-                "{}, complete at {} ({})",
-                plan.backup.id,
-                plan.backup.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ"),
-                plan.backup.stop_lsn
-            ),
-        ),
-        ("Target", format!("{}, on timeline {}", plan.target, plan.timeline)),
-        ("WAL", format!("from {}; without a gap through {} ({})", plan.wal_from, plan.wal_through, plan.reachable)),
-        (
-            "Size",
-            format!(
-                "{} to be written, {} to be read",
-                output::size(plan.backup.restored_size()),
-                output::size(plan.download_bytes)
-            ),
-        ),
-    ];
-    for (name, value) in lines {
-        output::print_line(&format!("{name:<7} {value}"))?;
-        if name == "Backup" && plan.chain.len() > 1 {
-            let links: Vec<String> = plan.chain.iter().map(|link| link.id.to_string()).collect();
-            output::print_line(&format!("{:<7} {}", "Chain", links.join(", then ")))?;
-        }
-    }
-    for passed in &plan.passed_over {
-        output::print_line(&format!(
-            "WARNING backup {} is newer but can't be restored: {}",
-            passed.backup, passed.because
-        ))?;
-    }
-    print_gap(plan.gap, plan.reachable)
-}
-
-fn print_snapshot_plan(plan: &SnapshotPlan, repository: &Repository) -> Result<(), Failure> {
-    let SnapshotPlan { snapshot, wal_from, wal_through, reachable, .. } = plan;
-    let complete = snapshot.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ");
-    let lines = [
-        ("From", repository.store().description()),
-        ("Snapshot", format!("{}, complete at {complete} ({})", snapshot.id, snapshot.stop_lsn)),
-        ("Target", format!("{}, on timeline {}", plan.target, plan.timeline)),
-        ("WAL", format!("from {wal_from}; without a gap through {wal_through} ({reachable})")),
-    ];
-    lines.iter().try_for_each(|(name, value)| output::print_line(&format!("{name:<8} {value}")))?;
-    print_gap(plan.gap, plan.reachable)
-}
-
-fn print_gap(gap: Option<SegmentName>, reachable: Lsn) -> Result<(), Failure> {
-    match gap {
-        None => Ok(()),
-        Some(missing) => output::print_line(&format!(
-            "WARNING {missing} is missing although later WAL is there: what was committed after {reachable} can't be restored"
-        )),
-    }
 }

@@ -14,10 +14,11 @@
 //!   backups/<id>/index.jsonl.zst, backup_manifest.zst
 //!   backups/<id>/backup.json            the commit marker, written last
 //!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
+//!   restore-points/<timeline>-<lsn>.json where a named restore point ends, 16 digits; the name is in the record
 //! ```
 
 use crate::{
-    ArchiveFileName, BackupId, ClusterName, ObjectKey, SegmentName, Sha256Digest, SnapshotId, SystemIdentifier,
+    ArchiveFileName, BackupId, ClusterName, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId, SystemIdentifier,
     TimelineId,
 };
 
@@ -48,6 +49,8 @@ pub enum RepositoryObject {
     Backup(BackupId, BackupObject),
     /// `snapshot.json` of a snapshot.
     Snapshot(SnapshotId),
+    /// The record of the restore point that ends here. A name can be used again: it is no key.
+    RestorePoint(TimelineId, Lsn),
 }
 
 /// The objects of a base backup.
@@ -123,6 +126,9 @@ impl Layout {
             }
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
             RepositoryObject::Snapshot(id) => format!("snapshots/{id}/snapshot.json"),
+            RepositoryObject::RestorePoint(timeline, lsn) => {
+                format!("restore-points/{}-{:016X}.json", timeline.to_hex(), lsn.bytes())
+            }
         };
         key(self.prefix() + &path)
     }
@@ -210,6 +216,11 @@ impl Layout {
         prefix.strip_prefix(&self.snapshots_prefix())?.strip_suffix('/')?.parse().ok()
     }
 
+    /// What the keys of all restore points begin with.
+    pub fn restore_points_prefix(&self) -> String {
+        format!("{}restore-points/", self.prefix())
+    }
+
     /// What this key names; `None` for whatever isn't ours.
     pub fn parse(&self, key: &ObjectKey) -> Option<RepositoryObject> {
         let path = key.as_str().strip_prefix(&self.prefix())?;
@@ -250,6 +261,11 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
         }
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
         ["snapshots", id, "snapshot.json"] => Some(RepositoryObject::Snapshot(id.parse().ok()?)),
+        ["restore-points", file] => {
+            let (timeline, lsn) = file.strip_suffix(".json")?.split_once('-')?;
+            let lsn = u64::from_str_radix(lsn, 16).ok()?;
+            Some(RepositoryObject::RestorePoint(TimelineId::from_hex(timeline)?, Lsn::new(lsn)))
+        }
         _ => None,
     }
 }
@@ -345,6 +361,10 @@ mod tests {
             (RepositoryObject::Backup(id, BackupObject::Index), "backups/20261121T061500Z-full/index.jsonl.zst"),
             (RepositoryObject::Backup(id, BackupObject::Part(7)), "backups/20261121T061500Z-full/part-00007.tar.zst"),
             (RepositoryObject::Snapshot(snapshot), "snapshots/20261121T061500Z-snapshot/snapshot.json"),
+            (
+                RepositoryObject::RestorePoint(segment.timeline(), "3/42000128".parse().unwrap()),
+                "restore-points/0000000A-0000000342000128.json",
+            ),
         ];
         for (object, path) in objects {
             assert_eq!(layout().key(&object).as_str(), format!("shop/orders/7575002186531184001/{path}"));
@@ -369,6 +389,11 @@ mod tests {
             "backups/20261121T061500Z-snapshot/backup.json",
             "snapshots/20261121T061500Z-full/snapshot.json",
             "snapshots/20261121T061500Z-snapshot/backup.json",
+            "restore-points/0000000A-342000128.json",
+            "restore-points/0000000A-+000000342000128.json",
+            "restore-points/0000000A-0000000342000aaa.json",
+            "restore-points/00000000-0000000342000128.json",
+            "restore-points/before.json",
         ] {
             assert_eq!(parse(path), None, "{path}");
         }

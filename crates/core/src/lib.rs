@@ -24,6 +24,7 @@ pub mod merge;
 pub mod page;
 pub mod plan;
 pub mod recovery;
+pub mod restore_point;
 pub mod settings;
 pub mod snapshot;
 pub mod standby;

@@ -58,6 +58,16 @@ impl Span {
     }
 }
 
+/// What a listing of the WAL can tell of a target.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Aim {
+    /// The WAL has to hold this position.
+    pub(super) lsn: Option<Lsn>,
+    /// Something has to be stored at this time or later. For plans that don't look into the WAL: the clocks of store and
+    /// server may differ.
+    pub(super) stored_at: Option<Timestamp>,
+}
+
 /// The WAL of a recovery that reaches its target.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reach {
@@ -72,7 +82,7 @@ impl Reach {
     pub(super) fn new<E: From<PlanError>>(
         span: &Span,
         history: &TimelineHistory,
-        target: &RecoveryTarget,
+        (target, aim): (&RecoveryTarget, Aim),
         wal: &WalFacts,
         lacks: impl FnOnce(SegmentName) -> E,
     ) -> Result<Reach, E> {
@@ -85,22 +95,17 @@ impl Reach {
         };
         // PostgreSQL would read the old timeline's segment in its place, and beyond the switch.
         let begin = history.spans().last().map_or(Lsn::INVALID, |span| span.begin);
-        let needs_timeline = match target {
-            RecoveryTarget::Immediate => false,
-            RecoveryTarget::Lsn(lsn) => *lsn >= wal.reachable,
-            _ => true,
+        let needs_timeline = match aim.lsn {
+            _ if *target == RecoveryTarget::Immediate => false,
+            Some(lsn) => lsn >= wal.reachable,
+            None => true,
         };
         if needs_timeline && begin >= wal.reachable && begin > span.stop {
             return Err(PlanError::TimelineNotReached { timeline: history.timeline(), missing: wal.missing }.into());
         }
-        let beyond = match target {
-            RecoveryTarget::Latest | RecoveryTarget::Immediate => false,
-            // Neither says where it lies; PostgreSQL ends with an error if it isn't met.
-            RecoveryTarget::Name(_) | RecoveryTarget::Xid(_) => false,
-            RecoveryTarget::Lsn(lsn) => *lsn >= wal.reachable,
-            // A segment holds nothing younger than the moment at which it was stored.
-            RecoveryTarget::Time(time) => *time > stored_at,
-        };
+        // A segment holds nothing younger than the moment at which it was stored.
+        let beyond =
+            aim.lsn.is_some_and(|lsn| lsn >= wal.reachable) || aim.stored_at.is_some_and(|time| time > stored_at);
         let target_text = || target.to_string();
         if beyond && wal.gap {
             let (target, missing) = (target_text(), wal.missing);

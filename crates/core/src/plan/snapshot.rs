@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     Catalog, PlanError, WalFacts, as_text,
-    reach::{Reach, Span},
+    reach::{Aim, Reach, Span},
 };
 use crate::{Lsn, SegmentName, SnapshotId, SnapshotRecord, TimelineHistory, TimelineId, recovery::RecoveryTarget};
 
@@ -62,7 +62,7 @@ pub enum SnapshotPlanError {
 
 impl SnapshotPlanError {
     /// What to do about it.
-    pub fn hint(&self) -> &'static str {
+    pub fn hint(&self) -> String {
         match self {
             SnapshotPlanError::BeforeSnapshot { .. } => {
                 "Choose a later target, or an earlier snapshot; --target-immediate ends at the snapshot's own end."
@@ -72,8 +72,9 @@ impl SnapshotPlanError {
                 "A timeline's history is missing in the repository. Restore another snapshot or a backup."
             }
             SnapshotPlanError::LacksWal { .. } => "Restore another snapshot or a backup.",
-            SnapshotPlanError::Plan(error) => error.hint(),
+            SnapshotPlanError::Plan(error) => return error.hint(),
         }
+        .to_owned()
     }
 }
 
@@ -95,7 +96,7 @@ pub fn select_for_snapshot(
             stop_lsn: snapshot.stop_lsn,
         });
     }
-    let catalog = Catalog { backups: Vec::new(), histories };
+    let catalog = Catalog { histories, ..Catalog::default() };
     let ways = match timeline {
         Some(timeline) => vec![catalog.history(timeline).ok_or(PlanError::NoSuchTimeline(timeline))?],
         None => catalog.newest_first(),
@@ -140,7 +141,12 @@ impl SnapshotPlan {
     ) -> Result<SnapshotPlan, SnapshotPlanError> {
         let SnapshotSelection { snapshot, history } = selection;
         let lacks = |missing| SnapshotPlanError::LacksWal { snapshot: snapshot.id, missing };
-        let reach = Reach::new(&Span::from(&snapshot), &history, &target, &wal, lacks)?;
+        let aim = match &target {
+            RecoveryTarget::Lsn(lsn) => Aim { lsn: Some(*lsn), ..Aim::default() },
+            RecoveryTarget::Time(time) => Aim { stored_at: Some(*time), ..Aim::default() },
+            _ => Aim::default(),
+        };
+        let reach = Reach::new(&Span::from(&snapshot), &history, (&target, aim), &wal, lacks)?;
         Ok(SnapshotPlan {
             wal_from: reach.first,
             wal_through: reach.last,
@@ -203,7 +209,7 @@ mod tests {
             let size = record().wal_segment_size;
             let mut scan = WalScan::new(history.clone(), size, record().start_lsn);
             for number in segments {
-                scan.found(SegmentName::from_number(tli(1), *number, size), record().stopped_at);
+                scan.found(SegmentName::from_number(tli(1), *number, size), 10, record().stopped_at);
             }
             SnapshotPlan::new(SnapshotSelection { snapshot: record(), history }, target, scan.finish())
         };

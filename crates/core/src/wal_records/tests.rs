@@ -3,10 +3,10 @@ use proptest::prelude::*;
 
 const PAGE: usize = 8192;
 const SEGMENT: usize = 1 << 20;
-const START: u64 = 5 << 20;
+pub(crate) const START: u64 = 5 << 20;
 
 /// A record to be written: manager, info, XID, what follows its header.
-type Record = (u8, u8, u32, Vec<u8>);
+pub(crate) type Record = (u8, u8, u32, Vec<u8>);
 
 /// WAL of whole segments of 1 MB from [`START`] on, as PostgreSQL writes it.
 pub(crate) fn wal(records: impl IntoIterator<Item = Record>) -> Vec<u8> {
@@ -63,15 +63,25 @@ fn main_data(data: &[u8]) -> Vec<u8> {
     }
 }
 
-fn at(second: i64) -> Timestamp {
+pub(crate) fn at(second: i64) -> Timestamp {
     Timestamp::from_second(946_684_800 + second).unwrap()
 }
 
-fn commit(xid: u32, second: i64) -> Record {
+pub(crate) fn commit(xid: u32, second: i64) -> Record {
     (1, 0x00, xid, main_data(&(second * 1_000_000).to_le_bytes()))
 }
 
-fn filler(length: usize) -> Record {
+pub(crate) fn abort(xid: u32, second: i64) -> Record {
+    (1, 0x20, xid, main_data(&(second * 1_000_000).to_le_bytes()))
+}
+
+pub(crate) fn point(name: &str) -> Record {
+    let mut data = [&[0; 8], name.as_bytes()].concat();
+    data.resize(72, 0);
+    (0, 0x70, 0, main_data(&data))
+}
+
+pub(crate) fn filler(length: usize) -> Record {
     (10, 0x30, 9, vec![0x5A; length])
 }
 
