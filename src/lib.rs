@@ -19,6 +19,7 @@ pub mod pgdata;
 pub mod postgres;
 pub mod repository;
 pub mod restore;
+pub mod restore_point;
 pub mod settings;
 pub mod snapshot;
 pub mod store;

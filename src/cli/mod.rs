@@ -7,6 +7,7 @@ pub mod output;
 pub mod plan;
 pub mod progress;
 pub mod restore;
+pub mod restore_point;
 pub mod snapshot;
 pub mod status;
 pub mod wal;
@@ -70,6 +71,9 @@ enum Command {
     /// Restore to a new directory, to any point in time
     #[command(subcommand)]
     Restore(restore::RestoreCommand),
+    /// Named points in time that a restore can end at
+    #[command(subcommand)]
+    RestorePoint(restore_point::RestorePointCommand),
     /// Archived WAL: what is there, and whether it is whole
     #[command(subcommand)]
     Wal(wal::WalCommand),
@@ -131,6 +135,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Backup(command) => backup::run(settings, command).await,
         Command::Snapshot(command) => snapshot::run(settings, command).await.map(done),
         Command::Restore(command) => restore::run(settings, command).await.map(done),
+        Command::RestorePoint(command) => restore_point::run(settings, command).await.map(done),
         Command::Wal(command) => wal::run(settings, command).await,
     }
 }

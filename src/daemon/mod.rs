@@ -11,6 +11,7 @@
 //! signal exits at once.
 
 mod fetching;
+mod restore_points;
 mod snapshots;
 mod status;
 

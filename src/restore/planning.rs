@@ -57,7 +57,7 @@ async fn look(
         let timeline = history.timeline_of_segment(number, size).unwrap_or(history.timeline());
         let segment = SegmentName::from_number(timeline, number, size);
         let key = repository.layout().wal(&ArchiveFileName::Segment(segment));
-        tracing::debug!(%segment, "looking for the target");
+        tracing::trace!(%segment, "looking for the target");
         let read = repository.read_while(&key, search, |search, bytes| search.feed(bytes)).await?;
         search = read.ok_or_else(|| damaged(key.as_str(), "it was there a moment ago, and isn't any more"))?;
         search.segment_read()?;

@@ -23,6 +23,7 @@ mod misconfiguration;
 mod outage;
 mod point_in_time;
 mod prefetch;
+mod promised_ends;
 mod promises;
 mod remains;
 mod restore_refusals;
