@@ -7,7 +7,7 @@ use pgsidecar_core::{
 };
 
 use crate::{
-    failure::Failure,
+    failure::{Code, Failure},
     repository::{Repository, damaged},
 };
 
@@ -58,7 +58,13 @@ async fn look(
         let segment = SegmentName::from_number(timeline, number, size);
         let key = repository.layout().wal(&ArchiveFileName::Segment(segment));
         tracing::trace!(%segment, "looking for the target");
-        let read = repository.read_while(&key, search, |search, bytes| search.feed(bytes)).await?;
+        let read = match repository.read_while(&key, search, |search, bytes| search.feed(bytes)).await {
+            // It may lie behind the target, and not be needed. Where it is, PostgreSQL won't get it.
+            Err(failure) if failure.code == Code::Damaged => {
+                return Ok(ExpectedEnd::NotVerified { because: failure.message });
+            }
+            read => read?,
+        };
         search = read.ok_or_else(|| damaged(key.as_str(), "it was there a moment ago, and isn't any more"))?;
         search.segment_read()?;
     }

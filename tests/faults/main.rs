@@ -480,7 +480,7 @@ async fn store_wal(world: &World) {
 }
 
 async fn restore_it(world: &World) -> Result<(), Failure> {
-    let request = RestoreRequest { target: RecoveryTarget::Immediate, timeline: None, backup: None };
+    let request = RestoreRequest { target: RecoveryTarget::Immediate, timeline: None, backup: None, inclusive: true };
     let plan = restore::plan(&world.repository, request).await?;
     let options = RestoreOptions {
         to: world.directory().join("restored"),

@@ -243,6 +243,11 @@ impl Search {
                 self.go_back();
                 return Ok(());
             }
+            Goal::Latest if matches!(self.walk.ended(), Some(WalEnd::Invalid { .. })) => {
+                let because = self.walk.ended().map_or_else(String::new, |end| end.to_string());
+                self.ended = Some(ExpectedEnd::NotVerified { because: format!("recovery would end early: {because}") });
+                return Ok(());
+            }
             Goal::Latest => {
                 let end = End { lsn: reachable, last_commit: found.last_commit, stops_at: None };
                 self.ended = Some(ExpectedEnd::Verified(end));

@@ -118,6 +118,12 @@ fn what_is_not_reached_is_told_with_what_can_be_had() {
     told.push(archive.search(&time(31), true, None).0.unwrap_err().to_string());
     archive.bytes[100_000] ^= 1;
     told.push(archive.search(&time(31), true, None).0.unwrap_err().to_string());
+    // PostgreSQL would take it for the end of the archive, and promote.
+    archive.bytes[0x1E_9BD8 + 30] ^= 1;
+    let Ok(ExpectedEnd::NotVerified { because }) = archive.search(&RecoveryTarget::Latest, true, None).0 else {
+        panic!("the last transaction is damaged")
+    };
+    told.push(because);
     insta::assert_snapshot!(told.join("\n"), @r#"
     the target, time 2000-01-01T00:00:31Z, lies after the last archived WAL, which ends at 0/6E9C28; the last transaction before that, 12, was committed at 2000-01-01T00:00:30Z (0/6E9BD8). Leave the target out to replay everything that is there, or end with that transaction: --target-xid 12. If the database still runs, SELECT pg_switch_wal() ships the current segment.
     the target, LSN 0/7FFF9C, lies after the last archived WAL, which ends at 0/6E9C28; the last transaction before that, 12, was committed at 2000-01-01T00:00:30Z (0/6E9BD8). Leave the target out to replay everything that is there, or end with that transaction: --target-xid 12. If the database still runs, SELECT pg_switch_wal() ships the current segment.
@@ -126,6 +132,7 @@ fn what_is_not_reached_is_told_with_what_can_be_had() {
     the target, time 2000-01-01T00:00:09Z, is met at 0/500028, before the backup is complete at 0/600000
     the target, time 2000-01-01T00:00:31Z, can't be reached: WAL segment 000000010000000000000007 is missing in the archive, and later ones are there
     the target, time 2000-01-01T00:00:31Z, can't be reached: the archived WAL is damaged: the record at 0/500050 is not valid: its checksum is wrong; the last transaction before that, 10, was committed at 2000-01-01T00:00:10Z (0/500028)
+    recovery would end early: the record at 0/500050 is not valid: its checksum is wrong
     "#);
     let empty = Archive::new(wal([filler(3_000_000)]));
     insta::assert_snapshot!(empty.search(&time(1), true, None).0.unwrap_err(), @"the target, time 2000-01-01T00:00:01Z, lies after the last archived WAL, which ends at 0/7DE988");
