@@ -100,13 +100,17 @@ pub fn print_plan(plan: &RestorePlan, repository: &Repository) -> Result<(), Fai
             passed.backup, passed.because
         ))?;
     }
-    if let (RecoveryTarget::Xid(xid), ExpectedEnd::Verified(End { stops_at: Some(stop), .. })) =
-        (&plan.target, &plan.expected_end)
-        && !stop.committed
-    {
-        output::print_line(&format!("WARNING transaction {xid} was rolled back: nothing of it will be there"))?;
-    }
+    print_rolled_back(&plan.expected_end, &plan.target)?;
     print_gap(plan.gap, plan.reachable)
+}
+
+fn print_rolled_back(expected: &ExpectedEnd, target: &RecoveryTarget) -> Result<(), Failure> {
+    match (target, expected) {
+        (RecoveryTarget::Xid(xid), ExpectedEnd::Verified(End { stops_at: Some(stop), .. })) if !stop.committed => {
+            output::print_line(&format!("WARNING transaction {xid} was rolled back: nothing of it will be there"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Where recovery will end, in words.
@@ -146,9 +150,11 @@ pub fn print_snapshot_plan(plan: &SnapshotPlan, repository: &Repository) -> Resu
         ("From", repository.store().description()),
         ("Snapshot", format!("{}, complete at {complete} ({})", snapshot.id, snapshot.stop_lsn)),
         ("Target", format!("{}, on timeline {}", plan.target, plan.timeline)),
+        ("End", end(&plan.expected_end, &plan.target)),
         ("WAL", format!("from {wal_from}; without a gap through {wal_through} ({reachable})")),
     ];
     lines.iter().try_for_each(|(name, value)| output::print_line(&format!("{name:<8} {value}")))?;
+    print_rolled_back(&plan.expected_end, &plan.target)?;
     print_gap(plan.gap, plan.reachable)
 }
 

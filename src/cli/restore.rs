@@ -144,7 +144,7 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             let request = args.target.request()?;
             let repository = open_repository(work, &args.system).await?;
             if let Some(id) = args.target.from_snapshot {
-                let plan = restore::snapshot::plan(&repository, id, request.target, request.timeline).await?;
+                let plan = restore::snapshot::plan(&repository, id, request).await?;
                 return if args.output.json {
                     output::print_json(&plan)
                 } else {
@@ -178,7 +178,7 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
                 parallelism: work.parallelism,
             };
             if let Some(id) = args.target.from_snapshot {
-                let plan = restore::snapshot::plan(&repository, id, request.target, request.timeline).await?;
+                let plan = restore::snapshot::plan(&repository, id, request).await?;
                 if !args.output.json {
                     print_snapshot_plan(&plan, &repository)?;
                 }

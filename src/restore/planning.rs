@@ -2,7 +2,7 @@
 
 use pgsidecar_core::{
     ArchiveFileName, Lsn, SegmentName, TimelineHistory, WalSegmentSize,
-    plan::{ExpectedEnd, RestorePlan, RestoreRequest, Search, WalScan, select},
+    plan::{ExpectedEnd, RestorePlan, RestoreRequest, Search, WalFacts, WalScan, select},
     recovery::RecoveryTarget,
 };
 
@@ -21,21 +21,10 @@ const BEHIND: u64 = 8;
 /// [`crate::failure::Code::TargetUnreachable`] if the target can't be reached; the store's.
 pub async fn plan(repository: &Repository, request: RestoreRequest) -> Result<RestorePlan, Failure> {
     let selection = select(&repository.catalog().await?, &request)?;
-    let (size, stop) = (selection.backup.wal_segment_size, selection.backup.stop_lsn);
-    let behind = |lsn: Lsn| Some(size.start_of(size.segment_number(lsn.max(stop)) + BEHIND));
-    // How far the listing must go. A time or a transaction can lie anywhere.
-    let until = match (&request.target, &selection.restore_point) {
-        (RecoveryTarget::Immediate, _) => Some(size.start_of(size.previous_segment_number(stop))),
-        (RecoveryTarget::Lsn(lsn), _) => behind(*lsn),
-        (RecoveryTarget::Name(_), Some(point)) => behind(point.lsn),
-        _ => None,
-    };
-    let mut scan = WalScan::new(selection.history.clone(), size, selection.backup.start_lsn);
-    if let RecoveryTarget::Time(time) = &request.target {
-        scan = scan.noting(*time);
-    }
-    let facts = repository.scan_wal(scan, until).await?.finish();
-    let history = selection.history.clone();
+    let (history, size) = (selection.history.clone(), selection.backup.wal_segment_size);
+    let range = (selection.backup.start_lsn, selection.backup.stop_lsn);
+    let point = selection.restore_point.as_ref().map(|point| point.lsn);
+    let facts = list(repository, &history, size, range, (&request.target, point)).await?;
     let plan = RestorePlan::new(selection, request.target, facts)?;
     match plan.search(request.inclusive, facts) {
         None => Ok(plan),
@@ -46,8 +35,32 @@ pub async fn plan(repository: &Repository, request: RestoreRequest) -> Result<Re
     }
 }
 
+/// Lists the WAL from a start on that is consistent at a stop, as far as it takes for a target; with that, where a restore
+/// point lies.
+pub(super) async fn list(
+    repository: &Repository,
+    history: &TimelineHistory,
+    size: WalSegmentSize,
+    (start, stop): (Lsn, Lsn),
+    (target, point): (&RecoveryTarget, Option<Lsn>),
+) -> Result<WalFacts, Failure> {
+    let behind = |lsn: Lsn| Some(size.start_of(size.segment_number(lsn.max(stop)) + BEHIND));
+    // How far the listing must go. A time or a transaction can lie anywhere.
+    let until = match (target, point) {
+        (RecoveryTarget::Immediate, _) => Some(size.start_of(size.previous_segment_number(stop))),
+        (RecoveryTarget::Lsn(lsn), _) => behind(*lsn),
+        (RecoveryTarget::Name(_), Some(point)) => behind(point),
+        _ => None,
+    };
+    let mut scan = WalScan::new(history.clone(), size, start);
+    if let RecoveryTarget::Time(time) = target {
+        scan = scan.noting(*time);
+    }
+    Ok(repository.scan_wal(scan, until).await?.finish())
+}
+
 /// Reads the segments that a search asks for.
-async fn look(
+pub(super) async fn look(
     repository: &Repository,
     history: &TimelineHistory,
     size: WalSegmentSize,

@@ -33,7 +33,7 @@ pub use self::{
 };
 use self::{
     points::Points,
-    reach::{Aim, Reach, Span},
+    reach::{Reach, Span},
 };
 
 /// What a restore was asked for.
@@ -385,20 +385,14 @@ impl RestorePlan {
     pub fn new(selection: Selection, target: RecoveryTarget, wal: WalFacts) -> Result<RestorePlan, PlanError> {
         let Selection { backup, chain, passed_over, history, restore_point } = selection;
         let lacks = |missing| PlanError::BackupLacksWal { backup: backup.id, missing };
-        let lsn = match (&target, &restore_point) {
+        let aim = match (&target, &restore_point) {
             (RecoveryTarget::Lsn(lsn), _) => Some(*lsn),
             // Where its record ends; its last byte has to be there.
             (RecoveryTarget::Name(_), Some(point)) => Some(Lsn::new(point.lsn.bytes().saturating_sub(1))),
             _ => None,
         };
-        let aim = Aim { lsn, stored_at: None };
         let reach = Reach::new(&Span::from(&backup), &history, (&target, aim), &wal, lacks)?;
-        let expected_end = match target {
-            RecoveryTarget::Immediate => {
-                ExpectedEnd::Verified(End { lsn: backup.stop_lsn, last_commit: None, stops_at: None })
-            }
-            _ => ExpectedEnd::NotVerified { because: "the WAL was not read".to_owned() },
-        };
+        let expected_end = ExpectedEnd::unread(&target, backup.stop_lsn);
         let plan = RestorePlan {
             wal_from: reach.first,
             wal_through: reach.last,

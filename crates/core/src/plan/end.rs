@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::Lsn;
+use crate::{Lsn, recovery::RecoveryTarget};
 
 /// What the WAL says about where recovery will end.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -16,6 +16,16 @@ pub enum ExpectedEnd {
         /// Why that isn't known, a clause for people.
         because: String,
     },
+}
+
+impl ExpectedEnd {
+    /// What is known without a look into the WAL; `stop` is where that is consistent which is restored first.
+    pub(super) fn unread(target: &RecoveryTarget, stop: Lsn) -> ExpectedEnd {
+        match target {
+            RecoveryTarget::Immediate => ExpectedEnd::Verified(End { lsn: stop, last_commit: None, stops_at: None }),
+            _ => ExpectedEnd::NotVerified { because: "the WAL was not read".to_owned() },
+        }
+    }
 }
 
 /// Where recovery will end, going by the WAL.

@@ -58,16 +58,6 @@ impl Span {
     }
 }
 
-/// What a listing of the WAL can tell of a target.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Aim {
-    /// The WAL has to hold this position.
-    pub(super) lsn: Option<Lsn>,
-    /// Something has to be stored at this time or later. For plans that don't look into the WAL: the clocks of store and
-    /// server may differ.
-    pub(super) stored_at: Option<Timestamp>,
-}
-
 /// The WAL of a recovery that reaches its target.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reach {
@@ -78,11 +68,12 @@ pub(super) struct Reach {
 }
 
 impl Reach {
-    /// Whether the WAL makes the span consistent and reaches the target. `lacks` words the first failure.
+    /// Whether the WAL makes the span consistent and, as far as a listing tells, reaches the target: it has to hold the
+    /// position `aim`. `lacks` words the first failure.
     pub(super) fn new<E: From<PlanError>>(
         span: &Span,
         history: &TimelineHistory,
-        (target, aim): (&RecoveryTarget, Aim),
+        (target, aim): (&RecoveryTarget, Option<Lsn>),
         wal: &WalFacts,
         lacks: impl FnOnce(SegmentName) -> E,
     ) -> Result<Reach, E> {
@@ -95,7 +86,7 @@ impl Reach {
         };
         // PostgreSQL would read the old timeline's segment in its place, and beyond the switch.
         let begin = history.spans().last().map_or(Lsn::INVALID, |span| span.begin);
-        let needs_timeline = match aim.lsn {
+        let needs_timeline = match aim {
             _ if *target == RecoveryTarget::Immediate => false,
             Some(lsn) => lsn >= wal.reachable,
             None => true,
@@ -103,9 +94,7 @@ impl Reach {
         if needs_timeline && begin >= wal.reachable && begin > span.stop {
             return Err(PlanError::TimelineNotReached { timeline: history.timeline(), missing: wal.missing }.into());
         }
-        // A segment holds nothing younger than the moment at which it was stored.
-        let beyond =
-            aim.lsn.is_some_and(|lsn| lsn >= wal.reachable) || aim.stored_at.is_some_and(|time| time > stored_at);
+        let beyond = aim.is_some_and(|lsn| lsn >= wal.reachable);
         let target_text = || target.to_string();
         if beyond && wal.gap {
             let (target, missing) = (target_text(), wal.missing);

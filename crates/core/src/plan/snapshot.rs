@@ -5,8 +5,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{
-    Catalog, PlanError, WalFacts, as_text,
-    reach::{Aim, Reach, Span},
+    Catalog, ExpectedEnd, PlanError, Search, WalFacts, as_text,
+    reach::{Reach, Span},
 };
 use crate::{Lsn, SegmentName, SnapshotId, SnapshotRecord, TimelineHistory, TimelineId, recovery::RecoveryTarget};
 
@@ -127,6 +127,8 @@ pub struct SnapshotPlan {
     pub reachable: Lsn,
     /// A segment that is missing although later ones are there. Recovery ends before it, whatever comes after.
     pub gap: Option<SegmentName>,
+    /// Where recovery will end.
+    pub expected_end: ExpectedEnd,
 }
 
 impl SnapshotPlan {
@@ -142,9 +144,8 @@ impl SnapshotPlan {
         let SnapshotSelection { snapshot, history } = selection;
         let lacks = |missing| SnapshotPlanError::LacksWal { snapshot: snapshot.id, missing };
         let aim = match &target {
-            RecoveryTarget::Lsn(lsn) => Aim { lsn: Some(*lsn), ..Aim::default() },
-            RecoveryTarget::Time(time) => Aim { stored_at: Some(*time), ..Aim::default() },
-            _ => Aim::default(),
+            RecoveryTarget::Lsn(lsn) => Some(*lsn),
+            _ => None,
         };
         let reach = Reach::new(&Span::from(&snapshot), &history, (&target, aim), &wal, lacks)?;
         Ok(SnapshotPlan {
@@ -153,9 +154,24 @@ impl SnapshotPlan {
             reachable: wal.reachable,
             gap: wal.gap.then_some(wal.missing),
             timeline: history.timeline(),
+            expected_end: ExpectedEnd::unread(&target, snapshot.stop_lsn),
             target,
             snapshot,
         })
+    }
+
+    /// The search that tells where recovery will end; `None` where that is known without one. `wal` is what the plan was
+    /// made from.
+    pub fn search(&self, inclusive: bool, wal: WalFacts) -> Option<Search> {
+        let snapshot = &self.snapshot;
+        let range = (snapshot.start_lsn, snapshot.stop_lsn);
+        Search::new(&self.target, inclusive, range, snapshot.wal_segment_size, wal, None)
+    }
+
+    /// The same plan, with what has been found out about its end.
+    #[must_use]
+    pub fn expecting(self, end: ExpectedEnd) -> SnapshotPlan {
+        SnapshotPlan { expected_end: end, ..self }
     }
 }
 
