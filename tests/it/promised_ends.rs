@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Postgres, Repository, Scratch, Sidecar,
+    Postgres, Repository, Scratch, Sidecar, beside, give_to_servers,
     restoring::{archiving_configured, back_up, restored, ship_wal, text},
 };
 
@@ -284,6 +284,28 @@ fn restore_points_are_found_by_their_names_pg17() {
 }
 
 #[test]
+fn what_postgresql_refuses_is_told_and_nothing_is_recorded_pg15() {
+    let scratch = Scratch::new();
+    let (mut postgres, mut sidecar) = beside(&scratch, 15, SMALL_WAL, &Repository::directory(&scratch));
+    postgres.configure(&["wal_level = minimal", "max_wal_senders = 0"]);
+    postgres.start(&[]);
+    sidecar.start();
+    let said = sidecar.fails(78, &["restore-point", "create", "x"]);
+    assert!(said.contains("wal_level is minimal") && said.contains("HINT"), "{said}");
+    postgres.stop("fast");
+    postgres.configure(&["wal_level = replica", "hot_standby = on", "restore_command = 'false'"]);
+    // As a primary once: a standby can't follow WAL that was written with less.
+    postgres.start(&[]);
+    postgres.stop("fast");
+    fs::write(postgres.data.join("standby.signal"), "").unwrap();
+    give_to_servers(&postgres.data.join("standby.signal"));
+    postgres.start(&[]);
+    let said = sidecar.fails(69, &["restore-point", "create", "x"]);
+    assert!(said.contains("is a standby") && said.contains("HINT"), "{said}");
+    assert_eq!(sidecar.json(&["restore-point", "list"]), Value::Array(Vec::new()));
+}
+
+#[test]
 fn a_restore_point_without_its_record_is_told_and_recorded_later_pg15() {
     let source = Source::new(15);
     back_up(&source.sidecar);
@@ -305,6 +327,11 @@ fn a_restore_point_without_its_record_is_told_and_recorded_later_pg15() {
     ship_wal(&source.postgres);
     source.sidecar.ok(&["restore-point", "record", "lost", "--lsn", lsn]);
     assert_eq!(source.plan(&["--target-name", "lost"])["expected_end"]["lsn"], lsn);
+    // The same name, and only the second is recorded.
+    source.postgres.sql("SELECT pg_create_restore_point('twice')");
+    source.sidecar.ok(&["restore-point", "create", "twice"]);
+    let said = source.sidecar.fails(65, &["restore", "plan", "--target-name", "twice"]);
+    assert!(said.contains("there is another one of that name at") && said.contains("--target-exclusive"), "{said}");
 
     // Not waited for, and so not to be had at once.
     let later = source.sidecar.json(&["restore-point", "create", "later", "--no-switch"]);

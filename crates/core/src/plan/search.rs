@@ -30,6 +30,8 @@ pub struct Search {
     first: u64,
     /// Before this recovery can't end.
     stop: Lsn,
+    /// Where the restore point lies that is meant by its name, if that is known.
+    point: Option<Lsn>,
     wal: WalFacts,
     /// For messages.
     target: String,
@@ -53,6 +55,8 @@ pub struct Search {
 /// What a walk has found.
 #[derive(Debug)]
 struct Found {
+    /// What is before it isn't replayed: it's in the backup.
+    start: Lsn,
     goal: Goal,
     inclusive: bool,
     /// Whether the walk began at the first segment, so that there is nothing before it.
@@ -104,6 +108,7 @@ impl Search {
             size,
             first,
             stop,
+            point,
             wal,
             target: target.to_string(),
             walk: WalRecords::new(Lsn::INVALID),
@@ -115,6 +120,7 @@ impl Search {
             quiet: false,
             step: IN_A_ROW,
             found: Found {
+                start,
                 goal,
                 inclusive,
                 from_first: true,
@@ -167,6 +173,10 @@ impl Search {
         self.read += 1;
         self.next += 1;
         if let Some(end) = self.found.met.take() {
+            // One that nobody recorded: PostgreSQL stops at the first.
+            if let (Goal::Name(name), Some(newest)) = (&self.found.goal, self.point.filter(|point| *point != end.lsn)) {
+                return Err(PlanError::NameMetEarlier { name: name.clone(), newest, earlier: end.lsn });
+            }
             if end.lsn < self.stop {
                 return Err(PlanError::MetTooEarly { target: self.target.clone(), at: end.lsn, stop: self.stop });
             }
@@ -288,6 +298,7 @@ impl Found {
         let in_front = End { lsn: record.lsn, last_commit: before, stops_at: ended };
         let here = if self.inclusive { behind.clone() } else { in_front.clone() };
         match (&self.goal, ended) {
+            _ if record.lsn < self.start => self.earlier = ended.map(|ended| ended.lsn).or(self.earlier),
             (Goal::Time(target), Some(ended)) => {
                 let later = if self.inclusive { ended.time > *target } else { ended.time >= *target };
                 if !later {

@@ -11,14 +11,17 @@ const FIRST: u64 = START / SIZE;
 /// The WAL of a test, as an archive holds it.
 struct Archive {
     bytes: Vec<u8>,
-    /// By how much of it the backup is consistent.
+    /// Where the backup begins, and by how much of it that is consistent.
+    start: Lsn,
     stop: Lsn,
+    /// Where a restore point is recorded.
+    point: Option<Lsn>,
     gap: bool,
 }
 
 impl Archive {
     fn new(bytes: Vec<u8>) -> Archive {
-        Archive { bytes, stop: Lsn::new(START + 8), gap: false }
+        Archive { bytes, start: Lsn::new(START), stop: Lsn::new(START + 8), point: None, gap: false }
     }
 
     fn segments(&self) -> u64 {
@@ -41,7 +44,7 @@ impl Archive {
             stored_by: guess.map(|guess| FIRST + guess % self.segments()),
             stored_bytes: 0,
         };
-        let mut search = Search::new(target, inclusive, (Lsn::new(START), self.stop), size, wal, None).unwrap();
+        let mut search = Search::new(target, inclusive, (self.start, self.stop), size, wal, self.point).unwrap();
         let mut read = 0;
         while let Some(number) = search.next_segment() {
             read += 1;
@@ -136,6 +139,33 @@ fn what_is_not_reached_is_told_with_what_can_be_had() {
     "#);
     let empty = Archive::new(wal([filler(3_000_000)]));
     insta::assert_snapshot!(empty.search(&time(1), true, None).0.unwrap_err(), @"the target, time 2000-01-01T00:00:01Z, lies after the last archived WAL, which ends at 0/7DE988");
+}
+
+#[test]
+fn what_is_before_the_backup_is_not_met_and_what_is_not_recorded_is() {
+    let records = [commit(10, 10), point("x"), commit(11, 11), point("x"), commit(12, 12), point("x"), commit(13, 13)];
+    let mut archive = Archive::new(wal(records));
+    let name = RecoveryTarget::Name("x".parse().unwrap());
+    let found = |archive: &Archive, target: &RecoveryTarget| match archive.search(target, true, None).0 {
+        Ok(ExpectedEnd::Verified(end)) => (end.last_commit.unwrap().xid, end.lsn),
+        other => panic!("{other:?}"),
+    };
+    let (first, first_point) = found(&archive, &name);
+    // A record of a transaction has 34 bytes, one of a restore point 98.
+    assert_eq!((first, first_point), (10, Lsn::new(START + 40 + 40 + 104)));
+    archive.start = first_point;
+    archive.stop = Lsn::new(first_point.bytes() + 8);
+    let (second, second_point) = found(&archive, &name);
+    assert_eq!((second, second_point), (11, Lsn::new(first_point.bytes() + 40 + 104)));
+    assert_eq!(found(&archive, &time(11)).0, 11);
+    // Earlier than all that is replayed.
+    assert!(matches!(archive.search(&RecoveryTarget::Xid(10), true, None).0, Err(PlanError::NoSuchTransaction { .. })));
+    archive.point = Some(second_point);
+    assert_eq!(found(&archive, &name).1, second_point);
+    let third_point = Lsn::new(second_point.bytes() + 40 + 104);
+    archive.point = Some(third_point);
+    let earlier = PlanError::NameMetEarlier { name: "x".to_owned(), newest: third_point, earlier: second_point };
+    assert_eq!(archive.search(&name, true, None).0, Err(earlier));
 }
 
 #[test]
