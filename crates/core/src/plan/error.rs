@@ -98,11 +98,13 @@ pub enum PlanError {
     },
     /// No record of the WAL shows that the target was passed.
     #[error(
-        "the target, {target}, lies after the last archived WAL, which ends at {reachable}{}", told(.last_commit.as_ref())
+        "the target, {target}, lies after the last archived WAL of timeline {timeline}, which ends at {reachable}{}", told(.last_commit.as_ref())
     )]
     AfterLastRecord {
         /// What was asked for.
         target: String,
+        /// The timeline to end on.
+        timeline: TimelineId,
         /// The end of what can be replayed.
         reachable: Lsn,
         /// The last transaction that can be restored.
@@ -201,10 +203,15 @@ impl PlanError {
             PlanError::NoSuchRestorePoint { .. } => {
                 "'pgsidecar restore-point list' shows those that are recorded; --backup names a backup to begin with."
             }
-            PlanError::AfterLastRecord { last_commit: Some(last), .. } => {
+            PlanError::AfterLastRecord { last_commit: Some(last), timeline, .. } => {
+                let older = if *timeline == TimelineId::FIRST {
+                    ""
+                } else {
+                    " What an older timeline had after it was left can be had with --target-timeline."
+                };
                 return format!(
                     "Leave the target out to replay everything that is there, or end with that transaction: --target-xid {}. \
-                     If the database still runs, SELECT pg_switch_wal() ships the current segment.",
+                     If the database still runs, SELECT pg_switch_wal() ships the current segment.{older}",
                     last.xid
                 );
             }

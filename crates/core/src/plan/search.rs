@@ -275,7 +275,10 @@ impl Search {
         Err(match &found.goal {
             Goal::Xid(xid) => PlanError::NoSuchTransaction { xid: *xid, reachable },
             Goal::Name(name) => PlanError::NoSuchRestorePoint { name: name.clone(), reachable },
-            _ => PlanError::AfterLastRecord { target, reachable, last_commit: found.last_commit },
+            _ => {
+                let timeline = self.wal.missing.timeline();
+                PlanError::AfterLastRecord { target, timeline, reachable, last_commit: found.last_commit }
+            }
         })
     }
 }

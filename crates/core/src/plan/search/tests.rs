@@ -128,8 +128,8 @@ fn what_is_not_reached_is_told_with_what_can_be_had() {
     };
     told.push(because);
     insta::assert_snapshot!(told.join("\n"), @r#"
-    the target, time 2000-01-01T00:00:31Z, lies after the last archived WAL, which ends at 0/6E9C28; the last transaction before that, 12, was committed at 2000-01-01T00:00:30Z (0/6E9BD8). Leave the target out to replay everything that is there, or end with that transaction: --target-xid 12. If the database still runs, SELECT pg_switch_wal() ships the current segment.
-    the target, LSN 0/7FFF9C, lies after the last archived WAL, which ends at 0/6E9C28; the last transaction before that, 12, was committed at 2000-01-01T00:00:30Z (0/6E9BD8). Leave the target out to replay everything that is there, or end with that transaction: --target-xid 12. If the database still runs, SELECT pg_switch_wal() ships the current segment.
+    the target, time 2000-01-01T00:00:31Z, lies after the last archived WAL of timeline 1, which ends at 0/6E9C28; the last transaction before that, 12, was committed at 2000-01-01T00:00:30Z (0/6E9BD8). Leave the target out to replay everything that is there, or end with that transaction: --target-xid 12. If the database still runs, SELECT pg_switch_wal() ships the current segment.
+    the target, LSN 0/7FFF9C, lies after the last archived WAL of timeline 1, which ends at 0/6E9C28; the last transaction before that, 12, was committed at 2000-01-01T00:00:30Z (0/6E9BD8). Leave the target out to replay everything that is there, or end with that transaction: --target-xid 12. If the database still runs, SELECT pg_switch_wal() ships the current segment.
     no transaction 11 has ended between the backup and the end of the archive at 0/6E9C28. It may have written nothing, be one of another transaction's savepoints, or not have ended when the archive did. Choose a time or an LSN.
     there is no restore point "x" between the backup and the end of the archive at 0/6E9C28. 'pgsidecar restore-point list' shows those that are recorded; --backup names a backup to begin with.
     the target, time 2000-01-01T00:00:09Z, is met at 0/500028, before the backup is complete at 0/600000
@@ -138,7 +138,7 @@ fn what_is_not_reached_is_told_with_what_can_be_had() {
     recovery would end early: the record at 0/500050 is not valid: its checksum is wrong
     "#);
     let empty = Archive::new(wal([filler(3_000_000)]));
-    insta::assert_snapshot!(empty.search(&time(1), true, None).0.unwrap_err(), @"the target, time 2000-01-01T00:00:01Z, lies after the last archived WAL, which ends at 0/7DE988");
+    insta::assert_snapshot!(empty.search(&time(1), true, None).0.unwrap_err(), @"the target, time 2000-01-01T00:00:01Z, lies after the last archived WAL of timeline 1, which ends at 0/7DE988");
 }
 
 #[test]
