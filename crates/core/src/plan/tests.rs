@@ -1,6 +1,8 @@
 use super::*;
+use jiff::Timestamp;
+
 use crate::{
-    BackupKind, Sha256Digest, SystemIdentifier,
+    BackupKind, Sha256Digest, SystemIdentifier, WalSegmentSize,
     backup::{BACKUP_FORMAT, StoredObject},
 };
 use proptest::prelude::*;
