@@ -20,6 +20,7 @@ pub mod postgres;
 pub mod progress;
 pub mod repository;
 pub mod restore;
+pub mod restore_point;
 pub mod settings;
 pub mod side;
 pub mod snapshot;

@@ -7,7 +7,7 @@
 use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
 use jiff::Timestamp;
-use pgsidecar_core::{Lsn, SystemIdentifier};
+use pgsidecar_core::{Lsn, SegmentName, SystemIdentifier, TimelineId};
 use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 
 use crate::{
@@ -84,6 +84,17 @@ pub struct BackupStop {
     pub label_file: String,
     /// Content of `tablespace_map`; empty without tablespaces.
     pub tablespace_map: String,
+}
+
+/// What `pg_create_restore_point` answered.
+#[derive(Clone, Copy, Debug)]
+pub struct MadeRestorePoint {
+    /// Where its record ends.
+    pub lsn: Lsn,
+    /// The timeline that it lies on.
+    pub timeline: TimelineId,
+    /// The server's clock.
+    pub at: Timestamp,
 }
 
 impl Drop for Session {
@@ -336,6 +347,29 @@ impl Session {
             )
             .await?;
         get(&row, 0)
+    }
+
+    /// Makes a restore point.
+    ///
+    /// # Errors
+    /// What PostgreSQL says, e.g. that it's in recovery.
+    pub async fn create_restore_point(&self, name: &str) -> Result<MadeRestorePoint, Failure> {
+        let sql = "SELECT lsn::text, pg_walfile_name(lsn), extract(epoch FROM clock_timestamp())::float8 \
+                   FROM pg_create_restore_point($1) AS lsn";
+        let made = self.row(sql, &[&name], STATEMENT_TIMEOUT).await;
+        let row = made.map_err(|failure| failure.context("making the restore point"))?;
+        // The record's own timeline; what pg_control says can be older for a while after a promotion.
+        let segment: String = get(&row, 1)?;
+        let segment: SegmentName = segment.parse().map_err(Failure::internal)?;
+        Ok(MadeRestorePoint { lsn: lsn(&row, 0)?, timeline: segment.timeline(), at: timestamp(get(&row, 2)?) })
+    }
+
+    /// Makes PostgreSQL begin a new WAL segment, if anything is in the current one.
+    ///
+    /// # Errors
+    /// What PostgreSQL says.
+    pub async fn leave_segment(&self) -> Result<(), Failure> {
+        self.row("SELECT pg_switch_wal()::text", &[], STATEMENT_TIMEOUT).await.map(|_| ())
     }
 
     /// Whether the role may call a function, by its signature.

@@ -5,6 +5,8 @@
 
 mod drills;
 mod listing;
+mod partly;
+mod restore_points;
 mod snapshots;
 mod stored;
 
@@ -541,13 +543,14 @@ impl Repository {
         parsed.map(Some).map_err(|error| damaged(&name.to_string(), &error.to_string()))
     }
 
-    /// Backups and timeline histories: what a restore is planned from.
+    /// Backups, timeline histories and restore points: what a restore is planned from.
     ///
     /// # Errors
     /// The store's; [`Code::Damaged`].
     pub async fn catalog(&self) -> Result<Catalog, Failure> {
         let histories = self.histories().await?;
-        Ok(Catalog { backups: self.backups().await?, histories })
+        let restore_points = self.restore_points().await?;
+        Ok(Catalog { backups: self.backups().await?, histories, restore_points })
     }
 }
 

@@ -372,7 +372,7 @@ GRANT pg_monitor TO pgsidecar;                                                --
 GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean) TO pgsidecar;
 -- PostgreSQL 14 instead:
 -- GRANT EXECUTE ON FUNCTION pg_start_backup(text, boolean, boolean), pg_stop_backup(boolean, boolean) TO pgsidecar;
-GRANT EXECUTE ON FUNCTION pg_switch_wal(), pg_create_restore_point(text) TO pgsidecar;   -- for 'pgsidecar check'
+GRANT EXECUTE ON FUNCTION pg_switch_wal(), pg_create_restore_point(text) TO pgsidecar;   -- for 'check' and 'restore-point'
 
 -- S3: the policy of the identity that the sidecar uses
 {

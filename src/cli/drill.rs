@@ -51,9 +51,6 @@ pub struct RunArgs {
     // Last: whatever follows would stand under its heading in --help.
     #[command(flatten)]
     target: TargetArgs,
-    /// Stop just before the target instead of just after it
-    #[arg(long)]
-    target_exclusive: bool,
 }
 
 /// `drill list`
@@ -96,7 +93,7 @@ async fn run_drill(settings: &Settings, args: RunArgs) -> Result<ExitCode, Failu
         queries: args.query.clone(),
         query_database: args.query_database.clone().unwrap_or_else(|| work.connection.database.clone()),
     };
-    let options = args.side.options(work, !args.target_exclusive)?;
+    let options = args.side.options(work, !args.target.target_exclusive)?;
     let repository = open_repository(work, &args.side.system).await?;
     let narrator = Narrator::new(args.output.json);
     let drilling = async { Ok(drill(&repository, &request, options, &narrator).await) };

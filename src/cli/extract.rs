@@ -38,9 +38,6 @@ pub struct ExtractArgs {
     // Last: whatever follows would stand under its heading in --help.
     #[command(flatten)]
     target: TargetArgs,
-    /// Stop just before the target instead of just after it
-    #[arg(long)]
-    target_exclusive: bool,
 }
 
 /// Extracts.
@@ -62,7 +59,7 @@ pub async fn run(settings: &Settings, args: ExtractArgs) -> Result<ExitCode, Fai
     let narrator = Narrator::new(false);
     let request =
         ExtractRequest { database: args.database.clone(), tables: args.table.clone(), format: args.format, output: to };
-    let options = args.side.options(work, !args.target_exclusive)?;
+    let options = args.side.options(work, !args.target.target_exclusive)?;
     let extracting = async {
         let repository = open_repository(work, &args.side.system).await?;
         let plan = side::plan(&repository, target).await?;

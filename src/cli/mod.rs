@@ -7,8 +7,10 @@ pub mod drill;
 pub mod extract;
 mod in_place;
 pub mod output;
+pub mod plan;
 pub mod progress;
 pub mod restore;
+pub mod restore_point;
 pub mod side;
 pub mod snapshot;
 pub mod status;
@@ -78,6 +80,9 @@ enum Command {
     /// Try a restore out: does it start, is it whole, does it hold what it should?
     #[command(subcommand)]
     Drill(drill::DrillCommand),
+    /// Named points in time that a restore can end at
+    #[command(subcommand)]
+    RestorePoint(restore_point::RestorePointCommand),
     /// Archived WAL: what is there, and whether it is whole
     #[command(subcommand)]
     Wal(wal::WalCommand),
@@ -147,6 +152,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Restore(command) => restore::run(settings, command).await.map(done),
         Command::Extract(args) => extract::run(settings, args).await,
         Command::Drill(command) => drill::run(settings, command).await,
+        Command::RestorePoint(command) => restore_point::run(settings, command).await.map(done),
         Command::Wal(command) => wal::run(settings, command).await,
     }
 }

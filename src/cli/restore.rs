@@ -9,8 +9,8 @@ use std::{
 
 use clap::{Args, Subcommand};
 use pgsidecar_core::{
-    BackupId, Lsn, SegmentName, SnapshotId, TimelineId,
-    plan::{RestorePlan, RestoreRequest, SnapshotPlan},
+    BackupId, Lsn, SnapshotId, TimelineId,
+    plan::RestoreRequest,
     recovery::{RecoveryTarget, RestoreOrder, RestorePointName, TargetAction, parse_target_time},
 };
 
@@ -18,12 +18,12 @@ use super::{
     OutputArgs, SystemArgs,
     in_place::{self, CleanArgs, UndoArgs},
     open_repository, output,
+    plan::{self, print_plan, print_snapshot_plan},
     progress::Shown,
 };
 use crate::{
     estimate::Estimate,
     failure::{Code, Failure},
-    repository::Repository,
     restore::{self, RestoreOptions, default_restore_command, unpack::Progress},
     settings::Settings,
 };
@@ -57,7 +57,8 @@ pub struct TargetArgs {
     /// End at this LSN
     #[arg(long, value_name = "LSN", group = "target")]
     target_lsn: Option<Lsn>,
-    /// End at this restore point (pg_create_restore_point); needs --backup or --from-snapshot
+    /// End at this restore point, the newest of this name; needs --backup or --from-snapshot if it isn't one of
+    /// 'restore-point list'
     #[arg(long, value_name = "NAME", group = "target")]
     target_name: Option<RestorePointName>,
     /// End at the commit of this transaction
@@ -72,6 +73,9 @@ pub struct TargetArgs {
     /// Begin with this backup [default: the newest before the target]
     #[arg(long, value_name = "ID")]
     backup: Option<BackupId>,
+    /// Stop just before the target instead of just after it
+    #[arg(long)]
+    pub(super) target_exclusive: bool,
 }
 
 /// What a restore can begin with besides a backup.
@@ -86,6 +90,9 @@ pub struct SnapshotArgs {
 /// `restore plan`
 #[derive(Args, Debug)]
 pub struct PlanArgs {
+    /// Tell how much room there is where it would be restored to
+    #[arg(long, value_name = "DIR")]
+    to: Option<PathBuf>,
     #[command(flatten)]
     system: SystemArgs,
     #[command(flatten)]
@@ -130,9 +137,6 @@ pub struct RunArgs {
     target: TargetArgs,
     #[command(flatten)]
     snapshot: SnapshotArgs,
-    /// Stop just before the target instead of just after it
-    #[arg(long)]
-    target_exclusive: bool,
     /// What the server does at the target: promote, pause or shutdown
     #[arg(long, value_name = "ACTION", default_value_t = TargetAction::Promote)]
     target_action: TargetAction,
@@ -141,12 +145,12 @@ pub struct RunArgs {
 impl TargetArgs {
     /// What the daemon is asked for.
     fn order(&self, args: &RunArgs, tablespaces: BTreeMap<String, String>) -> Result<RestoreOrder, Failure> {
-        let RestoreRequest { target, timeline, backup } = self.request()?;
+        let RestoreRequest { target, timeline, backup, inclusive } = self.request()?;
         Ok(RestoreOrder {
             target: target.into(),
             timeline,
             backup,
-            exclusive: args.target_exclusive,
+            exclusive: !inclusive,
             action: args.target_action,
             replace: args.replace,
             tablespaces,
@@ -174,7 +178,8 @@ impl TargetArgs {
         } else {
             RecoveryTarget::Latest
         };
-        Ok(RestoreRequest { target, timeline: self.target_timeline, backup: self.backup })
+        let (timeline, backup, inclusive) = (self.target_timeline, self.backup, !self.target_exclusive);
+        Ok(RestoreRequest { target, timeline, backup, inclusive })
     }
 }
 
@@ -189,7 +194,7 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             let request = args.target.request()?;
             let repository = open_repository(work, &args.system).await?;
             if let Some(id) = args.snapshot.from_snapshot {
-                let plan = restore::snapshot::plan(&repository, id, request.target, request.timeline).await?;
+                let plan = restore::snapshot::plan(&repository, id, request).await?;
                 return if args.output.json {
                     output::print_json(&plan)
                 } else {
@@ -197,7 +202,12 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
                 };
             }
             let plan = restore::plan(&repository, request).await?;
-            if args.output.json { output::print_json(&plan) } else { print_plan(&plan, &repository) }
+            let space = args.to.as_deref().and_then(plan::Space::at);
+            if args.output.json {
+                return output::print_json(&plan::WithSpace { plan: &plan, space });
+            }
+            print_plan(&plan, &repository)?;
+            space.map_or(Ok(()), |space| space.print(&plan))
         }
         RestoreCommand::Run(args) => {
             let tablespaces = parse_mapping(&args.tablespace_mapping)?;
@@ -221,14 +231,14 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             };
             let options = RestoreOptions {
                 to: to.clone(),
-                inclusive: !args.target_exclusive,
+                inclusive: !args.target.target_exclusive,
                 action: args.target_action,
                 tablespaces,
                 restore_command,
                 parallelism: work.parallelism,
             };
             if let Some(id) = args.snapshot.from_snapshot {
-                let plan = restore::snapshot::plan(&repository, id, request.target, request.timeline).await?;
+                let plan = restore::snapshot::plan(&repository, id, request).await?;
                 if !args.output.json {
                     print_snapshot_plan(&plan, &repository)?;
                 }
@@ -294,65 +304,4 @@ pub fn show_progress(progress: Arc<Progress>, json: bool) -> tokio::task::JoinHa
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     })
-}
-
-fn print_plan(plan: &RestorePlan, repository: &Repository) -> Result<(), Failure> {
-    let lines = [
-        ("From", repository.store().description()),
-        (
-            "Backup",
-            format!(
-                "{}, complete at {} ({})",
-                plan.backup.id,
-                plan.backup.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ"),
-                plan.backup.stop_lsn
-            ),
-        ),
-        ("Target", format!("{}, on timeline {}", plan.target, plan.timeline)),
-        ("WAL", format!("from {}; without a gap through {} ({})", plan.wal_from, plan.wal_through, plan.reachable)),
-        (
-            "Size",
-            format!(
-                "{} to be written, {} to be read",
-                output::size(plan.backup.restored_size()),
-                output::size(plan.download_bytes)
-            ),
-        ),
-    ];
-    for (name, value) in lines {
-        output::print_line(&format!("{name:<7} {value}"))?;
-        if name == "Backup" && plan.chain.len() > 1 {
-            let links: Vec<String> = plan.chain.iter().map(|link| link.id.to_string()).collect();
-            output::print_line(&format!("{:<7} {}", "Chain", links.join(", then ")))?;
-        }
-    }
-    for passed in &plan.passed_over {
-        output::print_line(&format!(
-            "WARNING backup {} is newer but can't be restored: {}",
-            passed.backup, passed.because
-        ))?;
-    }
-    print_gap(plan.gap, plan.reachable)
-}
-
-fn print_snapshot_plan(plan: &SnapshotPlan, repository: &Repository) -> Result<(), Failure> {
-    let SnapshotPlan { snapshot, wal_from, wal_through, reachable, .. } = plan;
-    let complete = snapshot.stopped_at.strftime("%Y-%m-%d %H:%M:%SZ");
-    let lines = [
-        ("From", repository.store().description()),
-        ("Snapshot", format!("{}, complete at {complete} ({})", snapshot.id, snapshot.stop_lsn)),
-        ("Target", format!("{}, on timeline {}", plan.target, plan.timeline)),
-        ("WAL", format!("from {wal_from}; without a gap through {wal_through} ({reachable})")),
-    ];
-    lines.iter().try_for_each(|(name, value)| output::print_line(&format!("{name:<8} {value}")))?;
-    print_gap(plan.gap, plan.reachable)
-}
-
-fn print_gap(gap: Option<SegmentName>, reachable: Lsn) -> Result<(), Failure> {
-    match gap {
-        None => Ok(()),
-        Some(missing) => output::print_line(&format!(
-            "WARNING {missing} is missing although later WAL is there: what was committed after {reachable} can't be restored"
-        )),
-    }
 }

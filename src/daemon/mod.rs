@@ -11,6 +11,7 @@
 //! signal exits at once.
 
 mod fetching;
+mod restore_points;
 pub mod restores;
 mod snapshots;
 mod status;

@@ -16,6 +16,8 @@
 //! POST /v1/snapshots/{id}/end    ends it; the record, once it's complete
 //! DELETE /v1/snapshots/{id}      gives it up
 //! GET  /v1/snapshots             the one that is open, and those in the repository
+//! POST /v1/restore-points        {"name": …, "shipping": …}: makes a restore point; its record
+//! GET  /v1/restore-points        those in the repository
 //! GET  /v1/status
 //! ```
 
@@ -24,7 +26,7 @@ use std::{io, sync::Arc, time::Duration};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::{Method, Request, StatusCode, body::Incoming};
-use pgsidecar_core::chain::BackupType;
+use pgsidecar_core::{chain::BackupType, recovery::RestorePointName};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::sync::mpsc;
 
@@ -34,6 +36,7 @@ use crate::{
     daemon::App,
     failure::{Code, Failure},
     jobs::JobId,
+    restore_point::{RestorePointRequest, Shipping},
 };
 
 const MAX_REQUEST_BYTES: usize = 64 * 1024;
@@ -64,6 +67,17 @@ pub struct BeginSnapshot {
     pub fast: bool,
     /// How long it may stay open; the setting's where it's left out.
     pub timeout_seconds: Option<u64>,
+}
+
+/// The body of `POST /v1/restore-points`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateRestorePoint {
+    /// Its name.
+    pub name: RestorePointName,
+    /// What is to happen with its WAL.
+    #[serde(default)]
+    pub shipping: Shipping,
 }
 
 /// Answers one request.
@@ -116,6 +130,14 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
         (&Method::POST, ["v1", "restores", "undo"]) => Ok(json(StatusCode::OK, &app.undo_restore().await?)),
         (&Method::DELETE, ["v1", "restores", "pending"]) => Ok(json(StatusCode::OK, &app.cancel_restore().await?)),
         (&Method::DELETE, ["v1", "restores", "kept"]) => Ok(json(StatusCode::OK, &app.clean_restores().await?)),
+        (&Method::POST, ["v1", "restore-points"]) => {
+            let asked: Option<CreateRestorePoint> = read(request).await?;
+            let CreateRestorePoint { name, shipping } = asked
+                .ok_or_else(|| Failure::new(Code::InvalidRequest, "a restore point needs a name: {\"name\": …}"))?;
+            let made = app.create_restore_point(RestorePointRequest { name, shipping }).await?;
+            Ok(json(StatusCode::CREATED, &made))
+        }
+        (&Method::GET, ["v1", "restore-points"]) => Ok(json(StatusCode::OK, &app.restore_points().await?)),
         (&Method::GET, ["v1", "jobs", id, rest @ ..]) => {
             let job = id
                 .parse()

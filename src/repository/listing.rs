@@ -70,7 +70,7 @@ impl Repository {
             while let Some(page) = pages.next().await? {
                 for wal in page {
                     if let Some(segment) = wal.segment() {
-                        scan.found(segment, wal.listed.modified);
+                        scan.found(segment, wal.listed.size, wal.listed.modified);
                     }
                 }
                 if until.is_some_and(|lsn| scan.reaches(lsn)) {

@@ -23,6 +23,7 @@ mod chain;
 pub mod directory;
 mod layer;
 mod manifest;
+mod planning;
 mod prune;
 pub mod replace;
 mod room;
@@ -44,10 +45,11 @@ use pgsidecar_core::{
     backup::TablespaceRecord,
     backup_label::TablespaceMap,
     data_directory::empty_wal_subdirectories,
-    plan::{RestorePlan, RestoreRequest, WalScan, select},
-    recovery::{RecoverySettings, RecoveryTarget, TargetAction, rewrite_auto_conf},
+    plan::RestorePlan,
+    recovery::{RecoverySettings, TargetAction, rewrite_auto_conf},
 };
 
+pub use self::planning::plan;
 use self::{
     chain::Filling,
     directory::TargetDirectory,
@@ -92,24 +94,6 @@ pub struct StagedWal {
     pub link: PathBuf,
     /// The directory that is made, and will lie there.
     pub written: PathBuf,
-}
-
-/// Plans a restore: which backup, which timeline, which WAL.
-///
-/// # Errors
-/// [`Code::TargetUnreachable`] if the target can't be reached; the store's.
-pub async fn plan(repository: &Repository, request: RestoreRequest) -> Result<RestorePlan, Failure> {
-    let selection = select(&repository.catalog().await?, &request)?;
-    let size = selection.backup.wal_segment_size;
-    // How far the listing must go. A time or a transaction can lie anywhere.
-    let until = match &request.target {
-        RecoveryTarget::Immediate => Some(size.start_of(size.previous_segment_number(selection.backup.stop_lsn))),
-        RecoveryTarget::Lsn(lsn) => Some((*lsn).max(selection.backup.stop_lsn)),
-        _ => None,
-    };
-    let scan = WalScan::new(selection.history.clone(), size, selection.backup.start_lsn);
-    let facts = repository.scan_wal(scan, until).await?.finish();
-    Ok(RestorePlan::new(selection, request.target, facts)?)
 }
 
 /// Carries a plan out.

@@ -30,14 +30,14 @@ use std::{
 use pgsidecar_core::{
     ControlFile, SnapshotId, SnapshotRecord, WalHeader,
     data_directory::{empty_wal_subdirectories, tablespace_version_directory},
-    plan::{SnapshotPlan, WalScan, select_for_snapshot},
-    recovery::{RecoverySettings, RecoveryTarget},
+    plan::{RestoreRequest, SnapshotPlan, select_for_snapshot},
+    recovery::RecoverySettings,
 };
 
 use super::{
     RecoveryFiles, RestoreOptions,
     directory::TargetDirectory,
-    remove_if_there,
+    planning, remove_if_there,
     running::{is_same, server_on},
     tablespace_targets, write_recovery_files,
 };
@@ -49,30 +49,30 @@ use crate::{
 /// Says that the directory is being finished. Not that of other restores, which would empty it.
 const MARKER: &str = "pgsidecar.finishing-snapshot";
 
-/// Plans a restore from a snapshot: which timeline, which WAL.
+/// Plans a restore from a snapshot: which timeline, which WAL, and where recovery will end.
 ///
 /// # Errors
 /// [`Code::NotFound`] if there is no such snapshot; [`Code::TargetUnreachable`] if the target can't be reached; the store's.
-pub async fn plan(
-    repository: &Repository,
-    id: SnapshotId,
-    target: RecoveryTarget,
-    timeline: Option<pgsidecar_core::TimelineId>,
-) -> Result<SnapshotPlan, Failure> {
+pub async fn plan(repository: &Repository, id: SnapshotId, request: RestoreRequest) -> Result<SnapshotPlan, Failure> {
     let snapshot = repository.snapshot(id).await?.ok_or_else(|| {
         Failure::new(Code::NotFound, format!("there is no snapshot {id}"))
             .hint("'pgsidecar snapshot list' shows them. One that was not ended in time must not be used.")
     })?;
+    let RestoreRequest { target, timeline, inclusive, .. } = request;
     let selection = select_for_snapshot(snapshot, repository.histories().await?, &target, timeline)?;
-    let (size, snapshot) = (selection.snapshot.wal_segment_size, &selection.snapshot);
-    let until = match &target {
-        RecoveryTarget::Immediate => Some(size.start_of(size.previous_segment_number(snapshot.stop_lsn))),
-        RecoveryTarget::Lsn(lsn) => Some((*lsn).max(snapshot.stop_lsn)),
-        _ => None,
+    let (history, size, range) = {
+        let snapshot = &selection.snapshot;
+        (selection.history.clone(), snapshot.wal_segment_size, (snapshot.start_lsn, snapshot.stop_lsn))
     };
-    let scan = WalScan::new(selection.history.clone(), size, snapshot.start_lsn);
-    let facts = repository.scan_wal(scan, until).await?.finish();
-    Ok(SnapshotPlan::new(selection, target, facts)?)
+    let facts = planning::list(repository, &history, size, range, (&target, None)).await?;
+    let plan = SnapshotPlan::new(selection, target, facts)?;
+    match plan.search(inclusive, facts) {
+        None => Ok(plan),
+        Some(search) => {
+            let end = planning::look(repository, &history, size, search).await?;
+            Ok(plan.expecting(end))
+        }
+    }
 }
 
 /// Carries a plan out on the directory `options.to`. `living` is the data directory of a server that may run here and

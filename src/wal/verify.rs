@@ -204,7 +204,7 @@ impl VerifiedTimeline {
 
 /// Backups and timeline histories, and the histories that are damaged.
 async fn catalog(repository: &Repository, timelines: &[TimelineId]) -> Result<(Catalog, Vec<Damage>), Failure> {
-    let mut catalog = Catalog { backups: repository.backups().await?, histories: Vec::new() };
+    let mut catalog = Catalog { backups: repository.backups().await?, ..Catalog::default() };
     let mut damaged = Vec::new();
     for &timeline in timelines {
         match repository.history(timeline).await {

@@ -36,7 +36,7 @@ async fn make_backup(world: &World) {
 
 /// Restores a backup, the newest if none is named, to a directory.
 pub async fn restore_to(repository: &Repository, to: &Path, backup: Option<BackupId>) -> Result<(), Failure> {
-    let request = RestoreRequest { target: RecoveryTarget::Immediate, timeline: None, backup };
+    let request = RestoreRequest { target: RecoveryTarget::Immediate, timeline: None, backup, inclusive: true };
     let plan = restore::plan(repository, request).await?;
     let options = RestoreOptions {
         to: to.to_owned(),

@@ -212,6 +212,9 @@ fn a_promoted_restore_goes_on_and_both_timelines_can_be_restored(major: u32) {
         let file = server.sql("SELECT pg_walfile_name(pg_current_wal_lsn())");
         assert!(file.starts_with("00000003"), "{name}: {file}");
     }
+    // On the newest timeline no transaction ended that late; a restore that is repeated has to name the old one.
+    let said = sidecar.fails(65, &["restore", "plan", "--target-time", "2100-01-01 00:00Z"]);
+    assert!(said.contains("of timeline 2") && said.contains("--target-timeline"), "{said}");
     let said = sidecar.fails(65, &["restore", "plan", "--target-timeline", "9"]);
     assert!(said.contains("timeline 9 is unknown") && said.contains("HINT"), "{said}");
 }

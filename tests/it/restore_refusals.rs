@@ -105,7 +105,7 @@ fn targets_that_can_t_be_reached_are_refused_pg15() {
     archive.refused(65, &["before the end of the first backup", first], &["--target-xid", "3"]);
     archive.refused(65, &["before the end of backup", second], &["--target-lsn", "0/1", "--backup", second]);
     let last = archive.segments[1].as_str();
-    archive.refused(65, &["after the last archived WAL", last], &["--target-time", &archive.after]);
+    archive.refused(65, &["after the last archived WAL", "--target-xid"], &["--target-time", &archive.after]);
     archive.refused(65, &["after the last archived WAL", last], &["--target-lsn", &archive.last_lsn]);
     archive.refused(65, &["\"x\""], &["--target-name", "x"]);
     archive.refused(65, &["there is no backup 20200101T000000Z-full"], &["--backup", "20200101T000000Z-full"]);

@@ -15,10 +15,11 @@
 //!   backups/<id>/backup.json            the commit marker, written last
 //!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
 //!   drills/<id>.json                    how a restore went that was tried out
+//!   restore-points/<timeline>-<lsn>.json where a named restore point ends, 16 digits; the name is in the record
 //! ```
 
 use crate::{
-    ArchiveFileName, BackupId, ClusterName, DrillId, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
+    ArchiveFileName, BackupId, ClusterName, DrillId, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
     SystemIdentifier, TimelineId,
 };
 
@@ -51,6 +52,8 @@ pub enum RepositoryObject {
     Snapshot(SnapshotId),
     /// The record of a drill.
     Drill(DrillId),
+    /// The record of the restore point that ends here. A name can be used again: it is no key.
+    RestorePoint(TimelineId, Lsn),
 }
 
 /// The objects of a base backup.
@@ -127,6 +130,9 @@ impl Layout {
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
             RepositoryObject::Snapshot(id) => format!("snapshots/{id}/snapshot.json"),
             RepositoryObject::Drill(id) => format!("drills/{id}.json"),
+            RepositoryObject::RestorePoint(timeline, lsn) => {
+                format!("restore-points/{}-{:016X}.json", timeline.to_hex(), lsn.bytes())
+            }
         };
         key(self.prefix() + &path)
     }
@@ -219,6 +225,11 @@ impl Layout {
         format!("{}drills/", self.prefix())
     }
 
+    /// What the keys of all restore points begin with.
+    pub fn restore_points_prefix(&self) -> String {
+        format!("{}restore-points/", self.prefix())
+    }
+
     /// What this key names; `None` for whatever isn't ours.
     pub fn parse(&self, key: &ObjectKey) -> Option<RepositoryObject> {
         let path = key.as_str().strip_prefix(&self.prefix())?;
@@ -260,6 +271,11 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
         ["snapshots", id, "snapshot.json"] => Some(RepositoryObject::Snapshot(id.parse().ok()?)),
         ["drills", file] => Some(RepositoryObject::Drill(file.strip_suffix(".json")?.parse().ok()?)),
+        ["restore-points", file] => {
+            let (timeline, lsn) = file.strip_suffix(".json")?.split_once('-')?;
+            let lsn = u64::from_str_radix(lsn, 16).ok()?;
+            Some(RepositoryObject::RestorePoint(TimelineId::from_hex(timeline)?, Lsn::new(lsn)))
+        }
         _ => None,
     }
 }
@@ -356,6 +372,10 @@ mod tests {
             (RepositoryObject::Backup(id, BackupObject::Part(7)), "backups/20261121T061500Z-full/part-00007.tar.zst"),
             (RepositoryObject::Snapshot(snapshot), "snapshots/20261121T061500Z-snapshot/snapshot.json"),
             (RepositoryObject::Drill(DrillId::new(id.began())), "drills/20261121T061500Z.json"),
+            (
+                RepositoryObject::RestorePoint(segment.timeline(), "3/42000128".parse().unwrap()),
+                "restore-points/0000000A-0000000342000128.json",
+            ),
         ];
         for (object, path) in objects {
             assert_eq!(layout().key(&object).as_str(), format!("shop/orders/7575002186531184001/{path}"));
@@ -382,6 +402,11 @@ mod tests {
             "snapshots/20261121T061500Z-snapshot/backup.json",
             "drills/20261121T061500Z-full.json",
             "drills/20261121T061500Z/drill.json",
+            "restore-points/0000000A-342000128.json",
+            "restore-points/0000000A-+000000342000128.json",
+            "restore-points/0000000A-0000000342000aaa.json",
+            "restore-points/00000000-0000000342000128.json",
+            "restore-points/before.json",
         ] {
             assert_eq!(parse(path), None, "{path}");
         }

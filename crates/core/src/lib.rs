@@ -24,6 +24,7 @@ mod lsn;
 pub mod page;
 pub mod plan;
 pub mod recovery;
+pub mod restore_point;
 pub mod settings;
 pub mod snapshot;
 pub mod standby;
@@ -32,6 +33,7 @@ pub mod tablespace_scan;
 mod wal;
 mod wal_header;
 mod wal_pages;
+pub mod wal_records;
 pub mod wal_summary;
 
 pub use archive_file::{ArchiveFileName, ParseArchiveFileNameError};

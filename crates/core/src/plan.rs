@@ -1,27 +1,41 @@
 //! Which backup, which timeline and which WAL lead to a recovery target, or why none do.
 //!
-//! Two pure steps, because what has to be known about the WAL depends on the backup: [`select`] chooses the
-//! backup and the timeline from the catalog, the caller lists the WAL that lies after it into a [`WalScan`],
-//! and [`RestorePlan::new`] decides whether that WAL reaches the target.
+//! Pure steps, because what has to be known about the WAL depends on the backup: [`select`] chooses the backup and the
+//! timeline from the catalog, the caller lists the WAL that lies after it into a [`WalScan`], and [`RestorePlan::new`]
+//! decides whether that WAL is enough, as far as a listing can tell.
 //!
-//! A time is no function of the catalog: whether a commit lies after it is known only from the WAL's content.
-//! What is checked here is necessary, not sufficient; PostgreSQL itself ends with an error, and not silently,
-//! when the WAL ends before a target.
+//! A time or a transaction is no function of a listing: whether a commit lies after it is known only from the WAL's
+//! content. PostgreSQL ends with an error, when the server is started, if the WAL ends before a target. So the caller
+//! reads the few segments that a [`Search`] asks for, and [`RestorePlan::expecting`] says where recovery will end.
 
+mod end;
+mod error;
+mod points;
 mod reach;
+mod scan;
+mod search;
 mod snapshot;
 
-use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId, WalSegmentSize,
+    BackupId, BackupRecord, Lsn, SegmentName, TimelineHistory, TimelineId,
     chain::{ChainError, chain},
     recovery::RecoveryTarget,
+    restore_point::RestorePointRecord,
 };
 
-use self::reach::{Reach, Span};
 pub use self::snapshot::{SnapshotPlan, SnapshotPlanError, SnapshotSelection, select_for_snapshot};
+pub use self::{
+    end::{End, ExpectedEnd, TransactionEnd},
+    error::PlanError,
+    scan::{WalFacts, WalScan},
+    search::Search,
+};
+use self::{
+    points::Points,
+    reach::{Reach, Span},
+};
 
 /// What a restore was asked for.
 #[derive(Clone, PartialEq, Debug)]
@@ -32,6 +46,8 @@ pub struct RestoreRequest {
     pub timeline: Option<TimelineId>,
     /// The backup to begin with; `None` for the newest that the target allows.
     pub backup: Option<BackupId>,
+    /// Whether the target itself is replayed. Without meaning for the end of the archive or of the backup, and for names.
+    pub inclusive: bool,
 }
 
 /// What the repository holds, WAL segments left out.
@@ -41,6 +57,8 @@ pub struct Catalog {
     pub backups: Vec<BackupRecord>,
     /// All timeline histories. Timeline 1 has none.
     pub histories: Vec<TimelineHistory>,
+    /// All restore points that are recorded, in any order.
+    pub restore_points: Vec<RestorePointRecord>,
 }
 
 /// The backup and the timeline that lead to a target.
@@ -54,6 +72,8 @@ pub struct Selection {
     pub passed_over: Vec<PassedOver>,
     /// The timeline to end on, with the way to it.
     pub history: TimelineHistory,
+    /// The restore point of the target's name, where it's recorded.
+    pub restore_point: Option<RestorePointRecord>,
 }
 
 /// A backup that can't be restored, so that an older one is.
@@ -63,135 +83,6 @@ pub struct PassedOver {
     pub backup: BackupId,
     /// Why it can't be restored, a sentence for people.
     pub because: String,
-}
-
-/// Why a target can't be reached. Each message says what is there instead; [`PlanError::hint`] what to do.
-#[derive(Clone, PartialEq, Debug, thiserror::Error)]
-pub enum PlanError {
-    /// Nothing to begin with.
-    #[error("the repository holds no complete backup of this database")]
-    NoBackups,
-    /// The backup that was named.
-    #[error("there is no backup {0}")]
-    NoSuchBackup(BackupId),
-    /// The timeline that was named.
-    #[error("timeline {0} is unknown: the repository has neither its history nor a backup of it")]
-    NoSuchTimeline(TimelineId),
-    /// No backup lies on the way to this timeline.
-    #[error("no backup lies on the way to timeline {0}")]
-    NoBackupOnTimeline(TimelineId),
-    /// Every backup ends after the target.
-    #[error(
-        "the target, {target}, lies before the end of the first backup that could lead to it: {backup} was complete \
-         at {stopped_at} ({stop_lsn})"
-    )]
-    BeforeFirstBackup {
-        /// What was asked for.
-        target: String,
-        /// The earliest backup.
-        backup: BackupId,
-        /// Its end.
-        stopped_at: Timestamp,
-        /// Its end.
-        stop_lsn: Lsn,
-    },
-    /// The backup that was named ends after the target.
-    #[error(
-        "the target, {target}, lies before the end of backup {backup}, which was complete at {stopped_at} ({stop_lsn})"
-    )]
-    BeforeBackup {
-        /// What was asked for.
-        target: String,
-        /// The backup that was named.
-        backup: BackupId,
-        /// Its end.
-        stopped_at: Timestamp,
-        /// Its end.
-        stop_lsn: Lsn,
-    },
-    /// A name says nothing about when.
-    #[error("which backup precedes the restore point {0:?} isn't known")]
-    NameNeedsBackup(String),
-    /// The backup that was named, or every one that leads to the target, builds on one that isn't there.
-    #[error("{0}: it can't be restored")]
-    Chain(ChainError),
-    /// WAL from the time of the backup itself is missing.
-    #[error("backup {backup} can't be restored: WAL segment {missing}, which it needs, is not in the archive")]
-    BackupLacksWal {
-        /// The backup.
-        backup: BackupId,
-        /// The first segment that is missing.
-        missing: SegmentName,
-    },
-    /// There is a hole before the target.
-    #[error(
-        "the target, {target}, can't be reached: WAL segment {missing} is missing in the archive, and later ones are there"
-    )]
-    Gap {
-        /// What was asked for.
-        target: String,
-        /// The first segment that is missing.
-        missing: SegmentName,
-        /// The end of what can be replayed.
-        reachable: Lsn,
-    },
-    /// The first segment of the timeline isn't there. What the old timeline has in its place goes on differently.
-    #[error("timeline {timeline} can't be reached: its first WAL segment, {missing}, is not in the archive")]
-    TimelineNotReached {
-        /// The timeline.
-        timeline: TimelineId,
-        /// Its first segment.
-        missing: SegmentName,
-    },
-    /// The archive ends before the target.
-    #[error(
-        "the target, {target}, lies after the last archived WAL: the archive ends at {reachable}, in segment {last}, stored at {stored_at}"
-    )]
-    AfterLastWal {
-        /// What was asked for.
-        target: String,
-        /// The last segment.
-        last: SegmentName,
-        /// When it was stored.
-        stored_at: Timestamp,
-        /// The end of what can be replayed.
-        reachable: Lsn,
-    },
-}
-
-impl PlanError {
-    /// What to do about it.
-    pub fn hint(&self) -> &'static str {
-        match self {
-            PlanError::NoBackups => {
-                "Take one with 'pgsidecar backup create'; check that cluster name and repository are the right ones."
-            }
-            PlanError::NoSuchBackup(_) => "'pgsidecar backup list' shows the backups.",
-            PlanError::NoSuchTimeline(_) => "Leave --target-timeline out to end on the newest one.",
-            PlanError::NoBackupOnTimeline(_) => "Name another timeline with --target-timeline.",
-            PlanError::BeforeFirstBackup { .. } => {
-                "Choose a later target; --target-immediate with --backup ends at the backup's own end."
-            }
-            PlanError::BeforeBackup { .. } => {
-                "Choose a later target, or leave --backup out so that an earlier one is found."
-            }
-            PlanError::NameNeedsBackup(_) => {
-                "Name the last backup before the restore point with --backup ('pgsidecar backup list' shows them)."
-            }
-            PlanError::Chain(_) => {
-                "'pgsidecar backup list' shows what is there. Choose another backup with --backup, or leave it out so that one is found that can be restored."
-            }
-            PlanError::BackupLacksWal { .. } => "Choose another backup with --backup.",
-            PlanError::TimelineNotReached { .. } => {
-                "Name the timeline before it with --target-timeline. If its server runs, SELECT pg_switch_wal() ships the segment."
-            }
-            PlanError::Gap { .. } => "Choose a target before the missing segment.",
-            PlanError::AfterLastWal { .. } => {
-                "If the database still runs, SELECT pg_switch_wal() ships the current segment; otherwise choose an \
-                 earlier target, or none at all to replay everything that is there."
-            }
-        }
-    }
 }
 
 /// Chooses the backup and the timeline for a restore.
@@ -206,9 +97,6 @@ pub fn select(catalog: &Catalog, request: &RestoreRequest) -> Result<Selection, 
         None => None,
         Some(id) => Some(catalog.backups.iter().find(|b| b.id == id).ok_or(PlanError::NoSuchBackup(id))?),
     };
-    if let (RecoveryTarget::Name(name), None) = (&request.target, named) {
-        return Err(PlanError::NameNeedsBackup(name.to_string()));
-    }
     let candidates: Vec<&BackupRecord> = match named {
         Some(backup) => vec![backup],
         None => catalog.backups.iter().collect(),
@@ -217,10 +105,27 @@ pub fn select(catalog: &Catalog, request: &RestoreRequest) -> Result<Selection, 
         Some(timeline) => vec![catalog.history(timeline).ok_or(PlanError::NoSuchTimeline(timeline))?],
         None => catalog.newest_first(),
     };
+    let points = |history: &TimelineHistory| match &request.target {
+        RecoveryTarget::Name(name) => Some(Points::on(history, name, &catalog.restore_points)),
+        _ => None,
+    };
+    if let (RecoveryTarget::Name(name), None) = (&request.target, named)
+        && ways.iter().all(|history| points(history).is_none_or(|points| points.newest().is_none()))
+    {
+        return Err(PlanError::NameNeedsBackup { name: name.to_string(), known: catalog.known_names() });
+    }
     let mut passed_over: Vec<(ChainError, PassedOver)> = Vec::new();
     for history in &ways {
+        let points = points(history);
+        let point_of = |backup: &BackupRecord| points.as_ref().and_then(|points| points.first_met(backup));
+        let leads = |backup: &BackupRecord| match &points {
+            None => allows(backup, &request.target),
+            // Who names a backup means the first restore point behind it.
+            Some(_) if named.is_some() => point_of(backup).is_none_or(|point| backup.stop_lsn <= point.lsn),
+            Some(points) => points.leads_to_newest(backup),
+        };
         let on_the_way = candidates.iter().filter(|b| history.contains(b.timeline, b.stop_lsn));
-        let mut leading: Vec<&&BackupRecord> = on_the_way.filter(|b| allows(b, &request.target)).collect();
+        let mut leading: Vec<&&BackupRecord> = on_the_way.filter(|b| leads(b)).collect();
         leading.sort_by_key(|b| std::cmp::Reverse((b.stop_lsn, b.id)));
         for backup in leading {
             match chain(backup, &catalog.backups) {
@@ -230,6 +135,7 @@ pub fn select(catalog: &Catalog, request: &RestoreRequest) -> Result<Selection, 
                         chain: links.into_iter().cloned().collect(),
                         passed_over: passed_over.into_iter().map(|(_, passed)| passed).collect(),
                         history: history.clone(),
+                        restore_point: point_of(backup).cloned(),
                     });
                 }
                 // A backup can lie on more than one way.
@@ -245,6 +151,13 @@ pub fn select(catalog: &Catalog, request: &RestoreRequest) -> Result<Selection, 
     }
     let on_some_way = candidates.iter().filter(|b| ways.iter().any(|h| h.contains(b.timeline, b.stop_lsn)));
     let target = request.target.to_string();
+    if let (RecoveryTarget::Name(name), None) = (&request.target, named) {
+        let mut in_the_way = ways.iter().filter_map(|history| points(history)?.in_the_way());
+        let before = |newest| candidates.iter().any(|b| b.stop_lsn <= newest);
+        if let Some((earlier, newest)) = in_the_way.find(|(_, newest)| before(*newest)) {
+            return Err(PlanError::NameMetEarlier { name: name.to_string(), newest, earlier });
+        }
+    }
     match (on_some_way.min_by_key(|b| b.stop_lsn), request.timeline, named) {
         (None, Some(timeline), _) => Err(PlanError::NoBackupOnTimeline(timeline)),
         (None, None, _) => Err(PlanError::NoBackups),
@@ -271,6 +184,21 @@ impl Catalog {
         stored.cloned().or_else(first)
     }
 
+    /// A few names of recorded restore points, the newest first.
+    fn known_names(&self) -> Vec<String> {
+        const FEW: usize = 10;
+        let mut points: Vec<&RestorePointRecord> = self.restore_points.iter().collect();
+        points.sort_by_key(|point| std::cmp::Reverse((point.created_at, point.lsn)));
+        let mut names: Vec<String> = Vec::new();
+        for point in points {
+            let name = format!("{:?}", point.name.as_str());
+            if !names.contains(&name) && names.len() < FEW {
+                names.push(name);
+            }
+        }
+        names
+    }
+
     /// All known timelines' histories, the newest first: the order in which PostgreSQL's 'latest' prefers them.
     fn newest_first(&self) -> Vec<TimelineHistory> {
         let mut histories = self.histories.clone();
@@ -283,81 +211,15 @@ impl Catalog {
     }
 }
 
-/// What the archive holds from a segment on, along one way through the timelines. Fed with a listing, so that
-/// an archive of any length is looked through in constant memory.
-#[derive(Clone, Debug)]
-pub struct WalScan {
-    history: TimelineHistory,
-    size: WalSegmentSize,
-    /// The segment that comes next if nothing is missing.
-    expected: u64,
-    last: Option<(SegmentName, Timestamp)>,
-    gap: bool,
-}
-
-/// The result of a [`WalScan`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct WalFacts {
-    /// The last segment before anything is missing, and when it was stored.
-    pub last: Option<(SegmentName, Timestamp)>,
-    /// The first segment that isn't there.
-    pub missing: SegmentName,
-    /// Where `missing` begins: WAL is there up to this point.
-    pub reachable: Lsn,
-    /// Whether the archive goes on after `missing`.
-    pub gap: bool,
-}
-
-impl WalScan {
-    /// A scan from the segment that contains `from`.
-    pub fn new(history: TimelineHistory, size: WalSegmentSize, from: Lsn) -> WalScan {
-        WalScan { history, size, expected: size.segment_number(from), last: None, gap: false }
-    }
-
-    /// The timelines to list, oldest first, with the first segment that can be of interest on each.
-    pub fn listings(&self) -> Vec<SegmentName> {
-        let stretches = self.history.stretches(self.expected, self.size);
-        stretches.map(|stretch| SegmentName::from_number(stretch.timeline, stretch.first, self.size)).collect()
-    }
-
-    /// Takes note of a segment. Segments of one timeline must come in order, timelines from the oldest on.
-    pub fn found(&mut self, segment: SegmentName, stored_at: Timestamp) {
-        let Some(number) = segment.number(self.size) else { return };
-        // The segment in which a timeline ends exists on both: as the old one's, which may go on where this way doesn't,
-        // and, copied up to the switch, as the new one's. Only the new one's counts.
-        let of_interest = self.history.timeline_of_segment(number, self.size) == Some(segment.timeline());
-        if !of_interest || number < self.expected {
-            return;
-        }
-        if number == self.expected && !self.gap {
-            self.expected += 1;
-            self.last = Some((segment, stored_at));
-        } else if number > self.expected {
-            self.gap = true;
-        }
-    }
-
-    /// The same scan for another look from where it stands, without the gap that was seen: a listing can run ahead.
-    pub fn resumed(mut self) -> WalScan {
-        self.gap = false;
-        self
-    }
-
-    /// Whether WAL up to this point has been seen, so that nothing more need be listed.
-    pub fn reaches(&self, lsn: Lsn) -> bool {
-        self.size.start_of(self.expected) > lsn
-    }
-
-    /// What was found.
-    pub fn finish(&self) -> WalFacts {
-        let timeline = self.history.timeline_of_segment(self.expected, self.size).unwrap_or(self.history.timeline());
-        WalFacts {
-            last: self.last,
-            missing: SegmentName::from_number(timeline, self.expected, self.size),
-            reachable: self.size.start_of(self.expected),
-            gap: self.gap,
-        }
-    }
+/// WAL that recovery reads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct WalToReplay {
+    /// Segments; where it isn't known where recovery ends, all that are there.
+    pub segments: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Bytes in the repository of all segments that are there, from the first on.
+    pub stored_bytes: u64,
 }
 
 /// A restore that can be begun: everything that it needs was there when it was planned.
@@ -370,6 +232,8 @@ pub struct RestorePlan {
     pub chain: Vec<BackupRecord>,
     /// Bytes of the repository that are read for it, without WAL.
     pub download_bytes: u64,
+    /// Bytes that the data directory has, with its tablespaces, before WAL is replayed.
+    pub restored_bytes: u64,
     /// Newer backups that lead to the target as well but can't be restored.
     pub passed_over: Vec<PassedOver>,
     /// The target.
@@ -385,6 +249,12 @@ pub struct RestorePlan {
     pub reachable: Lsn,
     /// A segment that is missing although later ones are there. Recovery ends before it, whatever comes after.
     pub gap: Option<SegmentName>,
+    /// How much WAL recovery reads.
+    pub wal: WalToReplay,
+    /// The restore point of the target's name, where it's recorded.
+    pub restore_point: Option<RestorePointRecord>,
+    /// Where recovery will end.
+    pub expected_end: ExpectedEnd,
 }
 
 fn as_text<S: serde::Serializer>(target: &RecoveryTarget, serializer: S) -> Result<S::Ok, S::Error> {
@@ -407,10 +277,17 @@ impl RestorePlan {
     /// # Errors
     /// If the WAL doesn't make the backup consistent or doesn't reach the target.
     pub fn new(selection: Selection, target: RecoveryTarget, wal: WalFacts) -> Result<RestorePlan, PlanError> {
-        let Selection { backup, chain, passed_over, history } = selection;
+        let Selection { backup, chain, passed_over, history, restore_point } = selection;
         let lacks = |missing| PlanError::BackupLacksWal { backup: backup.id, missing };
-        let reach = Reach::new(&Span::from(&backup), &history, &target, &wal, lacks)?;
-        Ok(RestorePlan {
+        let aim = match (&target, &restore_point) {
+            (RecoveryTarget::Lsn(lsn), _) => Some(*lsn),
+            // Where its record ends; its last byte has to be there.
+            (RecoveryTarget::Name(_), Some(point)) => Some(Lsn::new(point.lsn.bytes().saturating_sub(1))),
+            _ => None,
+        };
+        let reach = Reach::new(&Span::from(&backup), &history, (&target, aim), &wal, lacks)?;
+        let expected_end = ExpectedEnd::unread(&target, backup.stop_lsn);
+        let plan = RestorePlan {
             wal_from: reach.first,
             wal_through: reach.last,
             reachable: wal.reachable,
@@ -418,10 +295,38 @@ impl RestorePlan {
             timeline: history.timeline(),
             target,
             download_bytes: chain.iter().map(BackupRecord::stored_bytes).sum(),
+            restored_bytes: backup.restored_size(),
+            wal: WalToReplay { segments: 0, bytes: 0, stored_bytes: wal.stored_bytes },
             chain,
             passed_over,
             backup,
-        })
+            restore_point,
+            expected_end: expected_end.clone(),
+        };
+        Ok(plan.expecting(expected_end))
+    }
+
+    /// The search that tells where recovery will end; `None` where that is known without one. `wal` is what the plan was
+    /// made from.
+    pub fn search(&self, inclusive: bool, wal: WalFacts) -> Option<Search> {
+        let (backup, point) = (&self.backup, self.restore_point.as_ref().map(|point| point.lsn));
+        let range = (backup.start_lsn, backup.stop_lsn);
+        Search::new(&self.target, inclusive, range, backup.wal_segment_size, wal, point)
+    }
+
+    /// The same plan, with what has been found out about its end.
+    #[must_use]
+    pub fn expecting(mut self, end: ExpectedEnd) -> RestorePlan {
+        let size = self.backup.wal_segment_size;
+        let through = match &end {
+            ExpectedEnd::Verified(end) => end.lsn.max(self.backup.stop_lsn),
+            ExpectedEnd::NotVerified { .. } => self.reachable,
+        };
+        let (first, last) = (size.segment_number(self.backup.start_lsn), size.previous_segment_number(through));
+        self.wal.segments = last.saturating_sub(first) + 1;
+        self.wal.bytes = self.wal.segments * size.bytes();
+        self.expected_end = end;
+        self
     }
 }
 

@@ -11,7 +11,7 @@ mod target_time;
 use std::{fmt, str::FromStr};
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{Lsn, TimelineId};
 
@@ -90,6 +90,18 @@ impl FromStr for RestorePointName {
 impl fmt::Display for RestorePointName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+impl Serialize for RestorePointName {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for RestorePointName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<RestorePointName, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 

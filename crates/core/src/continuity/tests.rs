@@ -65,7 +65,7 @@ fn said(catalog: &Catalog, only: Option<u32>, segments: &[(u32, &[u64])]) -> Str
 
 /// One backup, of segments 4 to 5 on timeline 1.
 fn one_backup(histories: Vec<TimelineHistory>) -> Catalog {
-    Catalog { backups: vec![backup(0, tli(1), lsn(4), lsn(5))], histories }
+    Catalog { backups: vec![backup(0, tli(1), lsn(4), lsn(5))], histories, ..Catalog::default() }
 }
 
 #[test]
@@ -151,8 +151,11 @@ fn a_timeline_without_its_history_is_named_and_looked_at_by_itself() {
 #[test]
 fn a_backup_that_ends_in_the_segment_of_the_switch_point_can_be_restored_to_either_timeline() {
     let end = Lsn::new(SIZE.start_of(5).bytes() + 100);
-    let catalog =
-        Catalog { backups: vec![backup(0, tli(1), lsn(4), end)], histories: vec![history(2, &[(1, lsn(5))])] };
+    let catalog = Catalog {
+        backups: vec![backup(0, tli(1), lsn(4), end)],
+        histories: vec![history(2, &[(1, lsn(5))])],
+        ..Catalog::default()
+    };
     assert_eq!(said(&catalog, None, &[(1, &[4]), (2, &[5, 6])]), "", "by way of timeline 2");
     assert_eq!(said(&catalog, None, &[(1, &[4, 5]), (2, &[])]), "", "by way of timeline 1");
     assert!(said(&catalog, None, &[(1, &[4]), (2, &[])]).contains("lost at 0/5000000, 000000010000000000000005"));
@@ -216,7 +219,7 @@ fn worlds() -> impl Strategy<Value = World> {
         }
         let nth = |index: proptest::sample::Index| there.iter().nth(index.index(there.len().max(1))).copied();
         let damaged = damaged.into_iter().filter_map(nth).collect();
-        World { size, catalog: Catalog { backups, histories }, there, damaged }
+        World { size, catalog: Catalog { backups, histories, ..Catalog::default() }, there, damaged }
     })
 }
 
@@ -224,7 +227,7 @@ fn worlds() -> impl Strategy<Value = World> {
 fn facts(world: &World, way: &TimelineHistory, backup: &BackupRecord) -> WalFacts {
     let mut scan = WalScan::new(way.clone(), world.size, backup.start_lsn);
     for &(timeline, number) in world.there.iter().filter(|segment| !world.damaged.contains(segment)) {
-        scan.found(SegmentName::from_number(timeline, number, world.size), Timestamp::UNIX_EPOCH);
+        scan.found(SegmentName::from_number(timeline, number, world.size), 1, Timestamp::UNIX_EPOCH);
     }
     scan.finish()
 }

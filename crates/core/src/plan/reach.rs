@@ -68,11 +68,12 @@ pub(super) struct Reach {
 }
 
 impl Reach {
-    /// Whether the WAL makes the span consistent and reaches the target. `lacks` words the first failure.
+    /// Whether the WAL makes the span consistent and, as far as a listing tells, reaches the target: it has to hold the
+    /// position `aim`. `lacks` words the first failure.
     pub(super) fn new<E: From<PlanError>>(
         span: &Span,
         history: &TimelineHistory,
-        target: &RecoveryTarget,
+        (target, aim): (&RecoveryTarget, Option<Lsn>),
         wal: &WalFacts,
         lacks: impl FnOnce(SegmentName) -> E,
     ) -> Result<Reach, E> {
@@ -85,22 +86,15 @@ impl Reach {
         };
         // PostgreSQL would read the old timeline's segment in its place, and beyond the switch.
         let begin = history.spans().last().map_or(Lsn::INVALID, |span| span.begin);
-        let needs_timeline = match target {
-            RecoveryTarget::Immediate => false,
-            RecoveryTarget::Lsn(lsn) => *lsn >= wal.reachable,
-            _ => true,
+        let needs_timeline = match aim {
+            _ if *target == RecoveryTarget::Immediate => false,
+            Some(lsn) => lsn >= wal.reachable,
+            None => true,
         };
         if needs_timeline && begin >= wal.reachable && begin > span.stop {
             return Err(PlanError::TimelineNotReached { timeline: history.timeline(), missing: wal.missing }.into());
         }
-        let beyond = match target {
-            RecoveryTarget::Latest | RecoveryTarget::Immediate => false,
-            // Neither says where it lies; PostgreSQL ends with an error if it isn't met.
-            RecoveryTarget::Name(_) | RecoveryTarget::Xid(_) => false,
-            RecoveryTarget::Lsn(lsn) => *lsn >= wal.reachable,
-            // A segment holds nothing younger than the moment at which it was stored.
-            RecoveryTarget::Time(time) => *time > stored_at,
-        };
+        let beyond = aim.is_some_and(|lsn| lsn >= wal.reachable);
         let target_text = || target.to_string();
         if beyond && wal.gap {
             let (target, missing) = (target_text(), wal.missing);

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{
-    Catalog, PlanError, WalFacts, as_text,
+    Catalog, ExpectedEnd, PlanError, Search, WalFacts, as_text,
     reach::{Reach, Span},
 };
 use crate::{Lsn, SegmentName, SnapshotId, SnapshotRecord, TimelineHistory, TimelineId, recovery::RecoveryTarget};
@@ -62,7 +62,7 @@ pub enum SnapshotPlanError {
 
 impl SnapshotPlanError {
     /// What to do about it.
-    pub fn hint(&self) -> &'static str {
+    pub fn hint(&self) -> String {
         match self {
             SnapshotPlanError::BeforeSnapshot { .. } => {
                 "Choose a later target, or an earlier snapshot; --target-immediate ends at the snapshot's own end."
@@ -72,8 +72,9 @@ impl SnapshotPlanError {
                 "A timeline's history is missing in the repository. Restore another snapshot or a backup."
             }
             SnapshotPlanError::LacksWal { .. } => "Restore another snapshot or a backup.",
-            SnapshotPlanError::Plan(error) => error.hint(),
+            SnapshotPlanError::Plan(error) => return error.hint(),
         }
+        .to_owned()
     }
 }
 
@@ -95,7 +96,7 @@ pub fn select_for_snapshot(
             stop_lsn: snapshot.stop_lsn,
         });
     }
-    let catalog = Catalog { backups: Vec::new(), histories };
+    let catalog = Catalog { histories, ..Catalog::default() };
     let ways = match timeline {
         Some(timeline) => vec![catalog.history(timeline).ok_or(PlanError::NoSuchTimeline(timeline))?],
         None => catalog.newest_first(),
@@ -126,6 +127,8 @@ pub struct SnapshotPlan {
     pub reachable: Lsn,
     /// A segment that is missing although later ones are there. Recovery ends before it, whatever comes after.
     pub gap: Option<SegmentName>,
+    /// Where recovery will end.
+    pub expected_end: ExpectedEnd,
 }
 
 impl SnapshotPlan {
@@ -140,16 +143,35 @@ impl SnapshotPlan {
     ) -> Result<SnapshotPlan, SnapshotPlanError> {
         let SnapshotSelection { snapshot, history } = selection;
         let lacks = |missing| SnapshotPlanError::LacksWal { snapshot: snapshot.id, missing };
-        let reach = Reach::new(&Span::from(&snapshot), &history, &target, &wal, lacks)?;
+        let aim = match &target {
+            RecoveryTarget::Lsn(lsn) => Some(*lsn),
+            _ => None,
+        };
+        let reach = Reach::new(&Span::from(&snapshot), &history, (&target, aim), &wal, lacks)?;
         Ok(SnapshotPlan {
             wal_from: reach.first,
             wal_through: reach.last,
             reachable: wal.reachable,
             gap: wal.gap.then_some(wal.missing),
             timeline: history.timeline(),
+            expected_end: ExpectedEnd::unread(&target, snapshot.stop_lsn),
             target,
             snapshot,
         })
+    }
+
+    /// The search that tells where recovery will end; `None` where that is known without one. `wal` is what the plan was
+    /// made from.
+    pub fn search(&self, inclusive: bool, wal: WalFacts) -> Option<Search> {
+        let snapshot = &self.snapshot;
+        let range = (snapshot.start_lsn, snapshot.stop_lsn);
+        Search::new(&self.target, inclusive, range, snapshot.wal_segment_size, wal, None)
+    }
+
+    /// The same plan, with what has been found out about its end.
+    #[must_use]
+    pub fn expecting(self, end: ExpectedEnd) -> SnapshotPlan {
+        SnapshotPlan { expected_end: end, ..self }
     }
 }
 
@@ -203,7 +225,7 @@ mod tests {
             let size = record().wal_segment_size;
             let mut scan = WalScan::new(history.clone(), size, record().start_lsn);
             for number in segments {
-                scan.found(SegmentName::from_number(tli(1), *number, size), record().stopped_at);
+                scan.found(SegmentName::from_number(tli(1), *number, size), 10, record().stopped_at);
             }
             SnapshotPlan::new(SnapshotSelection { snapshot: record(), history }, target, scan.finish())
         };

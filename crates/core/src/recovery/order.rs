@@ -87,7 +87,7 @@ impl RestoreOrder {
             Target::Xid(xid) => RecoveryTarget::Xid(*xid),
             Target::Name(name) => RecoveryTarget::Name(name.parse()?),
         };
-        Ok(RestoreRequest { target, timeline: self.timeline, backup: self.backup })
+        Ok(RestoreRequest { target, timeline: self.timeline, backup: self.backup, inclusive: !self.exclusive })
     }
 }
 
