@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     path::PathBuf,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
@@ -12,7 +11,7 @@ use clap::{Args, Subcommand};
 use pgsidecar_core::{
     BackupId, BackupRecord, Lsn, SegmentName, SnapshotId, TimelineId,
     plan::{RestorePlan, RestoreRequest, SnapshotPlan},
-    recovery::{RecoveryTarget, RestorePointName, TargetAction, parse_target_time},
+    recovery::{RecoveryMode, RecoveryTarget, RestorePointName, TargetAction, parse_target_time},
 };
 
 use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
@@ -20,7 +19,7 @@ use crate::{
     estimate::Estimate,
     failure::{Code, Failure},
     repository::Repository,
-    restore::{self, RestoreOptions, unpack::Progress},
+    restore::{self, RestoreOptions, command::restore_command, unpack::Progress},
     settings::Settings,
 };
 
@@ -88,6 +87,12 @@ pub struct RunArgs {
     /// The restored server's restore_command [default: pgsidecar-wal, asking the daemon at --wal-listen]
     #[arg(long, value_name = "COMMAND")]
     restore_command: Option<String>,
+    /// Make a standby: it follows the archive, on the newest timeline, until it's promoted
+    #[arg(long, conflicts_with_all = ["target", "target_timeline", "target_exclusive", "from_snapshot"])]
+    standby: bool,
+    /// How the standby reaches its primary, to stream from it as well
+    #[arg(long, value_name = "CONNINFO", requires = "standby")]
+    primary_conninfo: Option<String>,
     #[command(flatten)]
     system: SystemArgs,
     #[command(flatten)]
@@ -101,6 +106,15 @@ pub struct RunArgs {
     /// What the server does at the target: promote, pause or shutdown
     #[arg(long, value_name = "ACTION", default_value_t = TargetAction::Promote)]
     target_action: TargetAction,
+}
+
+impl RunArgs {
+    fn mode(&self) -> RecoveryMode {
+        match self.standby {
+            true => RecoveryMode::Standby { primary_conninfo: self.primary_conninfo.clone() },
+            false => RecoveryMode::default(),
+        }
+    }
 }
 
 impl TargetArgs {
@@ -152,11 +166,14 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             let restore_command = match &args.restore_command {
                 Some(command) => command.clone(),
                 None => {
-                    default_restore_command(&work.helper, settings.process.wal_listen, &repository, &request.target)?
+                    let system = repository.layout().system();
+                    let tail = request.target == RecoveryTarget::Latest && !args.standby;
+                    restore_command(&work.helper, settings.process.wal_listen, system, tail)?
                 }
             };
             let options = RestoreOptions {
                 to: args.to.clone(),
+                mode: args.mode(),
                 inclusive: !args.target_exclusive,
                 action: args.target_action,
                 tablespaces,
@@ -197,6 +214,13 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
 }
 
 fn print_restored(options: &RestoreOptions, target: &RecoveryTarget, timeline: TimelineId) -> Result<(), Failure> {
+    if let RecoveryMode::Standby { primary_conninfo } = &options.mode {
+        let streams = primary_conninfo.as_ref().map_or("", |_| " and streams from its primary");
+        return output::print_line(&format!(
+            "Restored to {}. PostgreSQL is a standby when it starts there: it follows the archive{streams}, on the newest timeline, until it's promoted.",
+            options.to.display(),
+        ));
+    }
     output::print_line(&format!(
         "Restored to {}. PostgreSQL recovers to {target} when it starts there, on timeline {timeline}, and then will {}.",
         options.to.display(),
@@ -218,31 +242,7 @@ fn parse_mapping(texts: &[String]) -> Result<BTreeMap<String, String>, Failure> 
     texts.iter().map(parse).collect()
 }
 
-/// The command that a restored server gets. It names the database system: the daemon may sit beside another one.
-fn default_restore_command(
-    helper: &std::path::Path,
-    address: SocketAddr,
-    repository: &Repository,
-    target: &RecoveryTarget,
-) -> Result<String, Failure> {
-    let helper = helper.display().to_string();
-    // PostgreSQL hands it to a shell, after replacing %; quoting everything that is special there isn't worth it.
-    if helper.contains(['"', '\\', '$', '`', '%', '\n', '\'']) {
-        return Err(Failure::new(
-            Code::Misconfigured,
-            format!("PGSIDECAR_HELPER: {helper:?} has characters that are special to a shell"),
-        )
-        .hint("Choose another place for it, or give the whole command with --restore-command."));
-    }
-    // Everything that there is: also the end of the WAL that a stopped server had, and that is in no whole segment.
-    let tail = if *target == RecoveryTarget::Latest { " --tail" } else { "" };
-    Ok(format!(
-        "\"{helper}\" --address {address} restore{tail} --system-identifier {} %f \"%p\"",
-        repository.layout().system()
-    ))
-}
-
-fn show_progress(progress: Arc<Progress>, total: u64, json: bool) -> tokio::task::JoinHandle<()> {
+pub(super) fn show_progress(progress: Arc<Progress>, total: u64, json: bool) -> tokio::task::JoinHandle<()> {
     tokio::spawn(async move {
         let (mut shown, began) = (Shown::new(json), Instant::now());
         loop {

@@ -20,6 +20,7 @@
 //! If any step fails, what was written is removed again.
 
 mod chain;
+pub mod command;
 pub mod directory;
 mod layer;
 mod manifest;
@@ -40,7 +41,7 @@ use pgsidecar_core::{
     backup::TablespaceRecord,
     backup_label::TablespaceMap,
     plan::{RestorePlan, RestoreRequest, WalScan, select},
-    recovery::{RecoverySettings, RecoveryTarget, TargetAction, rewrite_auto_conf},
+    recovery::{RecoveryMode, RecoverySettings, RecoveryTarget, TargetAction, rewrite_auto_conf},
 };
 
 use self::{
@@ -58,6 +59,8 @@ use crate::{
 pub struct RestoreOptions {
     /// The directory to restore to: absent or empty.
     pub to: PathBuf,
+    /// As what the server starts.
+    pub mode: RecoveryMode,
     /// Whether the target itself is replayed.
     pub inclusive: bool,
     /// What the server does at the target.
@@ -166,6 +169,7 @@ async fn fill(
         _ => filling.full(backup, remap).await?,
     };
     let settings = RecoverySettings {
+        mode: options.mode.clone(),
         target: plan.target.clone(),
         inclusive: options.inclusive,
         timeline: plan.timeline,
@@ -241,7 +245,10 @@ fn write_recovery_files(
         Err(error) => return Err(Failure::io(format!("reading {}", auto_conf.display()), &error)),
     };
     directory.write_durably("postgresql.auto.conf", &rewrite_auto_conf(&brought, major, settings))?;
-    directory.write_durably("recovery.signal", b"")?;
+    match &settings.mode {
+        RecoveryMode::Recovery(signal) => directory.write_durably("recovery.signal", signal.to_string().as_bytes())?,
+        RecoveryMode::Standby { .. } => directory.write_durably("standby.signal", b"")?,
+    }
     if let Some(map) = files.map {
         // PostgreSQL makes its links by this file when it starts: with the old locations it would point back to them.
         let parsed: TablespaceMap =

@@ -483,6 +483,7 @@ async fn restore_it(world: &World) -> Result<(), Failure> {
     let request = RestoreRequest { target: RecoveryTarget::Immediate, timeline: None, backup: None };
     let plan = restore::plan(&world.repository, request).await?;
     let options = RestoreOptions {
+        mode: pgsidecar_core::recovery::RecoveryMode::default(),
         to: world.directory().join("restored"),
         inclusive: true,
         action: TargetAction::Promote,

@@ -23,6 +23,7 @@ mod lsn;
 pub mod merge;
 pub mod page;
 pub mod plan;
+pub mod prepare;
 pub mod recovery;
 pub mod settings;
 pub mod snapshot;
