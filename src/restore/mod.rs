@@ -29,6 +29,8 @@ mod running;
 pub mod snapshot;
 pub mod unpack;
 
+pub use directory::MARKER;
+
 use std::{
     collections::BTreeMap,
     fs,
