@@ -6,6 +6,7 @@
 pub mod increments;
 mod look;
 mod postgres;
+pub mod preparing;
 mod proxy;
 mod repository;
 mod requests;
