@@ -72,7 +72,9 @@ impl Work {
         let source = self.source.as_ref().filter(|source| source.from == *from).ok_or_else(|| {
             Failure::new(
                 Code::Misconfigured,
-                format!("this database recovers as a clone of {from}, and PGSIDECAR_CLONE_FROM doesn't say so any more"),
+                format!(
+                    "this database recovers as a clone of {from}, and PGSIDECAR_CLONE_FROM doesn't say so any more"
+                ),
             )
             .hint("Leave PGSIDECAR_CLONE_FROM as it was until PostgreSQL has been promoted; it waits until then.")
         })?;

@@ -224,8 +224,13 @@ impl Preparation<'_> {
             let system = database.ok().map(|control| control.system_identifier);
             match tokio::time::timeout(NOTE_PATIENCE, self.note_left_request(request, system)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(failure)) => tracing::warn!(hint = failure.hint, "the state of request {} isn't known: {failure}", request.id()),
-                Err(_) => tracing::warn!("the state of request {} isn't known: the store hasn't answered in time", request.id()),
+                Ok(Err(failure)) => {
+                    tracing::warn!(hint = failure.hint, "the state of request {} isn't known: {failure}", request.id())
+                }
+                Err(_) => tracing::warn!(
+                    "the state of request {} isn't known: the store hasn't answered in time",
+                    request.id()
+                ),
             }
         }
         tracing::info!("PostgreSQL may start on it");
@@ -387,7 +392,9 @@ impl Preparation<'_> {
         restored?;
         match standby {
             true => tracing::info!("restored; PostgreSQL starts as a standby, on the newest timeline"),
-            false => tracing::info!("restored; PostgreSQL recovers to {} when it starts, and is promoted then", plan.target),
+            false => {
+                tracing::info!("restored; PostgreSQL recovers to {} when it starts, and is promoted then", plan.target)
+            }
         }
         Ok(plan.backup)
     }
@@ -395,7 +402,11 @@ impl Preparation<'_> {
     /// The database is there: that this can't be noted keeps nothing from starting. The next start notes it.
     async fn note_served(&self, request: &Request, system: SystemIdentifier, backup: &BackupRecord) {
         if let Err(failure) = request.served(Some(system), Some(backup.id)).await {
-            tracing::warn!(hint = failure.hint, "that request {} was served could not be noted: {failure}", request.id());
+            tracing::warn!(
+                hint = failure.hint,
+                "that request {} was served could not be noted: {failure}",
+                request.id()
+            );
         }
     }
 }
@@ -413,7 +424,10 @@ fn tell(plan: &RestorePlan, repository: &Repository) {
         tracing::warn!("backup {} is newer but can't be restored: {}", passed.backup, passed.because);
     }
     if let Some(missing) = plan.gap {
-        tracing::warn!("{missing} is missing although later WAL is there: what was committed after {} is lost", plan.reachable);
+        tracing::warn!(
+            "{missing} is missing although later WAL is there: what was committed after {} is lost",
+            plan.reachable
+        );
     }
 }
 

@@ -355,7 +355,9 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
     if let (Some(source), Some(repository), Some(cluster)) = (&clone_from, &repository, &cluster)
         && prepare::is_same_place(source, repository, cluster)
     {
-        let problem = format!("{source} is this database's own place in its own repository; a clone needs another PGSIDECAR_CLUSTER or PGSIDECAR_REPOSITORY");
+        let problem = format!(
+            "{source} is this database's own place in its own repository; a clone needs another PGSIDECAR_CLUSTER or PGSIDECAR_REPOSITORY"
+        );
         resolver.error("PGSIDECAR_CLONE_FROM", problem);
     }
     let boolean = |text: &str| match text {

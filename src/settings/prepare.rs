@@ -105,16 +105,19 @@ impl RawPrepare {
             replicas: resolver
                 .value("PGSIDECAR_REPLICAS", self.replicas.as_ref(), Replicas::Standby, |text| text.parse()),
             once,
-            system: resolver.value("PGSIDECAR_SYSTEM_IDENTIFIER", system, None, |text| {
-                text.parse::<SystemIdentifier>().map(Some)
-            }),
+            system: resolver
+                .value("PGSIDECAR_SYSTEM_IDENTIFIER", system, None, |text| text.parse::<SystemIdentifier>().map(Some)),
         };
         let primary_conninfo =
             resolver.value("PGSIDECAR_PRIMARY_CONNINFO", self.primary_conninfo.as_ref(), None, |text| {
                 let line = !text.contains(|c: char| c.is_control());
                 line.then(|| Some(text.to_owned())).ok_or("it has a line break or another control character in it")
             });
-        if resolver.0.is_empty() { Ok(PrepareSettings { wishes, primary_conninfo }) } else { Err(SettingErrors(resolver.0)) }
+        if resolver.0.is_empty() {
+            Ok(PrepareSettings { wishes, primary_conninfo })
+        } else {
+            Err(SettingErrors(resolver.0))
+        }
     }
 }
 

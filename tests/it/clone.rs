@@ -58,7 +58,11 @@ fn a_clone_has_its_source_s_rows_and_an_archive_of_its_own(major: u32) {
     assert_eq!(timeline(&postgres), "00000002");
     postgres.sql("INSERT INTO rows VALUES (1003)");
     let shipped = ship_wal(&postgres);
-    assert!(look.matching(&shipped).iter().all(|key| key.starts_with(&format!("{CLONE}/"))), "{:?}", look.matching(&shipped));
+    assert!(
+        look.matching(&shipped).iter().all(|key| key.starts_with(&format!("{CLONE}/"))),
+        "{:?}",
+        look.matching(&shipped)
+    );
     assert_eq!(look.matching(&shipped).len(), 1);
 
     // Its volume is lost before it has a backup: nothing blank comes up, and another clone begins a timeline that neither
@@ -166,7 +170,15 @@ fn a_clone_s_recovery_does_not_end_because_its_source_can_not_be_asked_pg15() {
     // What it says is "can't tell", for a segment that is there, one that isn't, and a history.
     let restore = |sidecar: &Sidecar, name: &str| {
         let mut helper = command(Sidecar::helper());
-        helper.args(["--address", &format!("127.0.0.1:{}", sidecar.port), "--timeout", "3", "restore", name, "pg_wal/asked"]);
+        helper.args([
+            "--address",
+            &format!("127.0.0.1:{}", sidecar.port),
+            "--timeout",
+            "3",
+            "restore",
+            name,
+            "pg_wal/asked",
+        ]);
         let output = helper.current_dir(&postgres.data).output().unwrap();
         output.status.code().unwrap_or_else(|| panic!("{}", told(&output)))
     };

@@ -6,11 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use pgsidecar::prepare::RequestClaim;
+
 use crate::support::{
     Look, Postgres, Repository, Scratch, Sidecar, give_to_servers,
-    preparing::{
-        Entrypoint, be, empty_pod, entrypoint, is_empty, lose_volume, pod, prepare, prepared, start, stop,
-    },
+    preparing::{Entrypoint, be, empty_pod, entrypoint, is_empty, lose_volume, pod, prepare, prepared, start, stop},
     restoring::{back_up, ship_wal},
     told, wait_until,
 };
@@ -81,7 +81,8 @@ fn a_blank_database_never_takes_the_place_of_one_that_has_backups_pg15() {
     let first = empty_pod(&scratch, "db-9", 15, &repository).1;
     // Nothing is known of it yet: the image makes a new one.
     for policy in ["", "initdb", "restore"] {
-        let mut newcomer = Sidecar::new(&scratch, &Postgres::on(&scratch, scratch.path().join("data"), 15), &repository);
+        let mut newcomer =
+            Sidecar::new(&scratch, &Postgres::on(&scratch, scratch.path().join("data"), 15), &repository);
         be(&mut newcomer, "db-0");
         said(&prepared(&newcomer, 0, &[("PGSIDECAR_ON_EMPTY", policy)]), &["a new database may be made"]);
     }
@@ -218,24 +219,25 @@ fn of_one_request_no_two_servers_are_made_pg15() {
     let repository = Repository::directory(&scratch);
     let (postgres, sidecar) = archived(&scratch, 15, &repository);
     lose_volume(&postgres);
-    let wanted = [("PGSIDECAR_RESTORE", "id=a")];
-    // Begun, and killed at once: without room for the restore it's as if.
-    let (mut child, _) = {
-        let mut other = sidecar.command(Sidecar::program());
-        other.envs(wanted).arg("prepare");
-        (other.spawn().unwrap(), ())
+    // What a server leaves that is killed when it has claimed a request and not touched the directory yet.
+    let claim = RequestClaim {
+        format: 1,
+        id: "a".to_owned(),
+        what: "the end of the archive".to_owned(),
+        claimed_by: "shop/db".to_owned(),
+        claimed_at: jiff::Timestamp::now(),
+        newest_timeline: None,
     };
-    let look = Look::into(&repository);
-    wait_until("it's claimed", PATIENCE, || !look.matching("requests/a.json").is_empty());
-    child.kill().unwrap();
-    child.wait().unwrap();
-    if entrypoint_is_due(&postgres.data) {
-        return;
-    }
+    let key = "shop/db/requests/a.json".parse().unwrap();
+    Look::into(&repository).put(&key, serde_json::to_vec(&claim).unwrap(), None);
+
+    let wanted = [("PGSIDECAR_RESTORE", "id=a")];
     let copy = [wanted[0], ("POD_NAMESPACE", "copy"), ("PGSIDECAR_CLUSTER", "shop/db")];
     said(&prepared(&sidecar, 1, &copy), &["begun by shop/db"]);
     said(&prepared(&sidecar, 78, &[("PGSIDECAR_RESTORE", "id=a target-immediate")]), &["with another target"]);
+    assert!(is_empty(&postgres.data));
     said(&prepared(&sidecar, 0, &wanted), &["request a is served"]);
+    assert!(entrypoint_is_due(&postgres.data));
 }
 
 /// Whether the entrypoint would start PostgreSQL.
@@ -337,7 +339,8 @@ fn of_several_databases_under_one_name_none_is_guessed_pg15() {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
     let (postgres, sidecar) = archived(&scratch, 15, &repository);
-    let system = |sidecar: &Sidecar| sidecar.json(&["backup", "list"])[0]["system_identifier"].as_str().unwrap().to_owned();
+    let system =
+        |sidecar: &Sidecar| sidecar.json(&["backup", "list"])[0]["system_identifier"].as_str().unwrap().to_owned();
     let first = system(&sidecar);
     drop(sidecar);
     lose_volume(&postgres);

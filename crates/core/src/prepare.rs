@@ -6,9 +6,9 @@
 //! to the image only where nothing speaks against it.
 
 mod request;
-mod words;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::str::FromStr;
 
@@ -309,7 +309,9 @@ fn primary(wishes: &Wishes, systems: &[KnownSystem], request: &RequestState) -> 
             RequestState::Unclaimed | RequestState::Ours => {
                 return match source {
                     Source::Clone { .. } => Ok(Decision::Clone),
-                    Source::Own => choose(systems, wishes.system)?.map(Decision::ServeRequest).ok_or(Refusal::NoBackups),
+                    Source::Own => {
+                        choose(systems, wishes.system)?.map(Decision::ServeRequest).ok_or(Refusal::NoBackups)
+                    }
                 };
             }
             RequestState::OursOtherwise(what) => return Err(Refusal::RequestChanged(once.id.clone(), what.clone())),
@@ -387,10 +389,7 @@ fn has_data(systems: &[KnownSystem]) -> bool {
 ///
 /// # Errors
 /// If it can't be told which one is meant.
-pub fn choose(
-    systems: &[KnownSystem],
-    named: Option<SystemIdentifier>,
-) -> Result<Option<SystemIdentifier>, Refusal> {
+pub fn choose(systems: &[KnownSystem], named: Option<SystemIdentifier>) -> Result<Option<SystemIdentifier>, Refusal> {
     let backed_up: Vec<SystemIdentifier> =
         systems.iter().filter(|known| known.has_backups).map(|known| known.system).collect();
     match (named, backed_up.as_slice()) {

@@ -144,7 +144,8 @@ impl FromStr for CloneSource {
     type Err = InvalidValue;
 
     fn from_str(text: &str) -> Result<CloneSource, InvalidValue> {
-        const EXPECTED: &str = "a repository and a cluster in it: s3://BUCKET/PREFIX?cluster=NAME or file:///DIRECTORY?cluster=NAME";
+        const EXPECTED: &str =
+            "a repository and a cluster in it: s3://BUCKET/PREFIX?cluster=NAME or file:///DIRECTORY?cluster=NAME";
         let parse = || {
             let (repository, cluster) = text.rsplit_once("?cluster=")?;
             Some(CloneSource { repository: repository.parse().ok()?, cluster: cluster.parse().ok()? })
@@ -236,10 +237,18 @@ mod tests {
 
     #[test]
     fn a_clone_s_source_is_a_cluster_in_a_repository() {
-        for text in ["s3://backups/prod?cluster=shop/orders", "s3://backups?cluster=main", "file:///srv/repo?cluster=main"] {
+        for text in
+            ["s3://backups/prod?cluster=shop/orders", "s3://backups?cluster=main", "file:///srv/repo?cluster=main"]
+        {
             assert_eq!(text.parse::<CloneSource>().unwrap().to_string(), text);
         }
-        for text in ["s3://backups/prod", "s3://backups?cluster=", "?cluster=main", "s3://b?cluster=../x", "file:///a\nb?cluster=x"] {
+        for text in [
+            "s3://backups/prod",
+            "s3://backups?cluster=",
+            "?cluster=main",
+            "s3://b?cluster=../x",
+            "file:///a\nb?cluster=x",
+        ] {
             assert!(text.parse::<CloneSource>().is_err(), "{text:?}");
         }
     }

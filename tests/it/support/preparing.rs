@@ -84,7 +84,12 @@ pub fn prepared(sidecar: &Sidecar, code: i32, settings: &[(&str, &str)]) -> Stri
 /// knows neither the system nor the tail.
 pub fn start(postgres: &mut Postgres, sidecar: &mut Sidecar) {
     sidecar.start();
-    postgres.spawn(&["-c", &restore_command(sidecar), "-c", &sidecar.archive_settings()[1].replace(" = '", "=").replace('\'', "")]);
+    postgres.spawn(&[
+        "-c",
+        &restore_command(sidecar),
+        "-c",
+        &sidecar.archive_settings()[1].replace(" = '", "=").replace('\'', ""),
+    ]);
 }
 
 fn restore_command(sidecar: &Sidecar) -> String {
@@ -106,4 +111,3 @@ pub fn fingerprint(look: &super::Look, cluster: &str) -> Vec<(String, String)> {
         })
         .collect()
 }
-

@@ -106,10 +106,8 @@ fn in_no_combination_is_a_database_lost_doubled_or_made_blank() {
     every(|directory, place, wishes, repository, decision| {
         combinations += 1;
         let case = format!("{directory:?} {place:?} {wishes:?} {repository:?}: {decision:?}");
-        let writes = matches!(
-            decision,
-            Decision::ServeRequest(_) | Decision::Clone | Decision::Heal(_) | Decision::Standby(..)
-        );
+        let writes =
+            matches!(decision, Decision::ServeRequest(_) | Decision::Clone | Decision::Heal(_) | Decision::Standby(..));
         // A database is kept, whatever was asked for, and nothing else is taken for one.
         assert_eq!(decision == Decision::KeepDatabase, *directory == Directory::Database, "{case}");
         // Something is written only where nothing is, or what a restore of ours has left.

@@ -80,8 +80,12 @@ impl Refusal {
     /// What to do about it.
     pub fn hint(&self) -> &'static str {
         match self {
-            Refusal::CantTell => "Nothing was changed; it's tried again. PGSIDECAR_ON_EMPTY=initdb makes a new database without asking.",
-            Refusal::NotEmpty(_) => "Set PGDATA to the directory of the database, or to an empty one. Nothing was changed.",
+            Refusal::CantTell => {
+                "Nothing was changed; it's tried again. PGSIDECAR_ON_EMPTY=initdb makes a new database without asking."
+            }
+            Refusal::NotEmpty(_) => {
+                "Set PGDATA to the directory of the database, or to an empty one. Nothing was changed."
+            }
             Refusal::Remains => {
                 "PostgreSQL doesn't start on it, and nothing in it is of use: empty the directory, or set PGSIDECAR_ON_EMPTY=restore."
             }
@@ -100,12 +104,16 @@ impl Refusal {
             Refusal::RequestOfAnother(..) => {
                 "Where that server runs no more, give the request another id. Two servers must not be made of one request."
             }
-            Refusal::NoBackups => "Check PGSIDECAR_REPOSITORY and PGSIDECAR_CLUSTER. PGSIDECAR_ON_EMPTY=initdb makes a new database.",
+            Refusal::NoBackups => {
+                "Check PGSIDECAR_REPOSITORY and PGSIDECAR_CLUSTER. PGSIDECAR_ON_EMPTY=initdb makes a new database."
+            }
             Refusal::SeveralSystems(_) | Refusal::NoSuchSystem(..) => "Choose one with PGSIDECAR_SYSTEM_IDENTIFIER.",
             Refusal::Replica(_) => {
                 "PGSIDECAR_ON_EMPTY=restore with PGSIDECAR_REPLICAS=standby makes a standby of it; PGSIDECAR_ON_EMPTY=initdb leaves it to the image."
             }
-            Refusal::ReplicaWaits(_, Awaited::Backup) => "Take one beside the first server: pgsidecar backup create. It's tried again.",
+            Refusal::ReplicaWaits(_, Awaited::Backup) => {
+                "Take one beside the first server: pgsidecar backup create. It's tried again."
+            }
             Refusal::ReplicaWaits(..) => "It's tried again until then.",
         }
     }
