@@ -4,7 +4,7 @@ use std::{fs, time::Duration};
 
 use crate::support::{
     Look, Postgres, Repository, Scratch, Sidecar, command,
-    preparing::{empty_pod, fingerprint, is_empty, lose_volume, pod, prepared, start, stop},
+    preparing::{crash, empty_pod, fingerprint, is_empty, lose_volume, pod, prepared, start, stop},
     restoring::{back_up, ship_wal},
     told, wait_until,
 };
@@ -19,7 +19,7 @@ fn source_url(repository: &Repository) -> String {
     format!("{url}?cluster={SOURCE}")
 }
 
-/// A source with rows that are in no whole segment. It has stopped.
+/// A source whose last row is in no whole segment. It has ended.
 fn source(scratch: &Scratch, major: u32, repository: &Repository) -> (Postgres, Sidecar) {
     let (mut postgres, mut sidecar) = pod(scratch, "orders-0", major, repository);
     postgres.sql("CREATE TABLE rows AS SELECT n FROM generate_series(1, 1000) n");
@@ -27,7 +27,7 @@ fn source(scratch: &Scratch, major: u32, repository: &Repository) -> (Postgres, 
     postgres.sql("INSERT INTO rows VALUES (1001)");
     ship_wal(&postgres);
     postgres.sql("INSERT INTO rows VALUES (1002)");
-    stop(&mut postgres, &mut sidecar);
+    crash(&mut postgres, &mut sidecar);
     (postgres, sidecar)
 }
 

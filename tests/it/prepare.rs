@@ -10,7 +10,9 @@ use pgsidecar::prepare::RequestClaim;
 
 use crate::support::{
     Look, Postgres, Repository, Scratch, Sidecar, give_to_servers,
-    preparing::{Entrypoint, be, empty_pod, entrypoint, is_empty, lose_volume, pod, prepare, prepared, start, stop},
+    preparing::{
+        Entrypoint, be, crash, empty_pod, entrypoint, is_empty, lose_volume, pod, prepare, prepared, start, stop,
+    },
     restoring::{back_up, ship_wal},
     told, wait_until,
 };
@@ -18,7 +20,7 @@ use crate::support::{
 const PATIENCE: Duration = Duration::from_secs(60);
 const RESTORE: (&str, &str) = ("PGSIDECAR_ON_EMPTY", "restore");
 
-/// A database whose last rows are in no whole segment. The pod has been stopped.
+/// A database whose last row is in no whole segment. The pod has ended.
 fn archived(scratch: &Scratch, major: u32, repository: &Repository) -> (Postgres, Sidecar) {
     let (mut postgres, mut sidecar) = pod(scratch, "db-0", major, repository);
     postgres.sql("CREATE TABLE rows AS SELECT n FROM generate_series(1, 1000) n");
@@ -26,7 +28,7 @@ fn archived(scratch: &Scratch, major: u32, repository: &Repository) -> (Postgres
     postgres.sql("INSERT INTO rows SELECT n FROM generate_series(1001, 2000) n");
     ship_wal(&postgres);
     postgres.sql("INSERT INTO rows VALUES (2001)");
-    stop(&mut postgres, &mut sidecar);
+    crash(&mut postgres, &mut sidecar);
     (postgres, sidecar)
 }
 

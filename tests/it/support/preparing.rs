@@ -56,7 +56,17 @@ pub fn be(sidecar: &mut Sidecar, pod: &str) {
 
 /// Stops the pod in order, as both containers are told to at once; the volume stays.
 pub fn stop(postgres: &mut Postgres, sidecar: &mut Sidecar) {
-    postgres.tell_to_stop("fast");
+    end(postgres, sidecar, "fast");
+}
+
+/// PostgreSQL crashes, and then the pod ends. What was committed last is in no whole segment then: an orderly stop would
+/// have switched.
+pub fn crash(postgres: &mut Postgres, sidecar: &mut Sidecar) {
+    end(postgres, sidecar, "immediate");
+}
+
+fn end(postgres: &mut Postgres, sidecar: &mut Sidecar, mode: &str) {
+    postgres.tell_to_stop(mode);
     sidecar.tell_to_stop();
     postgres.wait_for_end();
     assert!(sidecar.wait_for_end().success(), "{}", sidecar.log());
