@@ -17,6 +17,7 @@
 
 mod look;
 mod requests;
+mod whole;
 
 use std::{io, path::Path, sync::Arc, time::Duration};
 
@@ -372,7 +373,12 @@ impl Preparation<'_> {
         let tail = request.target == RecoveryTarget::Latest && !standby;
         let system = repository.layout().system();
         let command = restore_command(&self.work.helper, self.settings.process.wal_listen, system, tail)?;
-        let plan = restore::plan(repository, request).await?;
+        let plan = match &request {
+            RestoreRequest { target: RecoveryTarget::Latest, timeline: None, backup: None } => {
+                whole::plan(repository).await?
+            }
+            _ => restore::plan(repository, request).await?,
+        };
         tell(&plan, repository);
         claim().await?;
         let options = RestoreOptions {

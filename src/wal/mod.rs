@@ -15,7 +15,7 @@ pub mod standby;
 pub mod statistics;
 mod storing;
 pub mod survey;
-mod tail;
+pub mod tail;
 pub mod verify;
 
 use pgsidecar_core::ControlFile;

@@ -13,7 +13,7 @@ use crate::support::{
     preparing::{
         Entrypoint, be, crash, empty_pod, entrypoint, is_empty, lose_volume, pod, prepare, prepared, start, stop,
     },
-    restoring::{back_up, ship_wal},
+    restoring::{back_up, ship_wal, text},
     told, wait_until,
 };
 
@@ -74,6 +74,39 @@ fn a_lost_volume_heals_itself_with_its_last_rows_and_again_pg15() {
 #[test]
 fn a_lost_volume_heals_itself_with_its_last_rows_and_again_pg17() {
     a_lost_volume_heals_itself_with_its_last_rows_and_again(17);
+}
+
+#[test]
+fn a_volume_that_is_lost_just_after_it_healed_heals_again_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let look = Look::into(&repository);
+    let (mut postgres, mut sidecar) = archived(&scratch, 15, &repository);
+    let mut heal = |history: &str, row: u32, ends_in_order: bool| {
+        lose_volume(&postgres);
+        let text = prepared(&sidecar, 0, &[RESTORE]);
+        start(&mut postgres, &mut sidecar);
+        postgres.wait_for_promotion();
+        let found = rows(&postgres);
+        postgres.sql(&format!("INSERT INTO rows VALUES ({row})"));
+        wait_until("the history is archived", PATIENCE, || !look.matching(history).is_empty());
+        if ends_in_order {
+            crash(&mut postgres, &mut sidecar);
+        } else {
+            sidecar.kill();
+            postgres.kill();
+        }
+        (text, found)
+    };
+    // Of the new timeline there is its history, and in no whole segment the row.
+    assert_eq!(heal("00000002.history", 1, true).1, ALL);
+    let (text, found) = heal("00000003.history", 2, false);
+    said(&text, &["of timeline 2 there is what the stopped server had"]);
+    assert_eq!(found, "2002|2003002", "the row was kept as a tail");
+    // Of that one there is nothing at all but its history.
+    let (text, found) = heal("00000004.history", 3, false);
+    said(&text, &["timeline 3 was begun, and nothing of it has been archived"]);
+    assert_eq!(found, "2002|2003002");
 }
 
 #[test]
@@ -232,6 +265,9 @@ fn of_one_request_no_two_servers_are_made_pg15() {
     };
     let key = "shop/db/requests/a.json".parse().unwrap();
     Look::into(&repository).put(&key, serde_json::to_vec(&claim).unwrap(), None);
+    let requests = scratch.path().join("repository/shop/db/requests");
+    give_to_servers(&requests);
+    give_to_servers(&requests.join("a.json"));
 
     let wanted = [("PGSIDECAR_RESTORE", "id=a")];
     let copy = [wanted[0], ("POD_NAMESPACE", "copy"), ("PGSIDECAR_CLUSTER", "shop/db")];
@@ -323,7 +359,19 @@ fn the_next_server_of_a_set_is_a_standby(major: u32) {
     // Its own volume is kept like any other.
     stop(&mut standby, &mut beside);
     said(&prepared(&beside, 0, &[RESTORE]), &["holds a database"]);
+
+    // The same by hand.
+    let to = scratch.path().join("by-hand");
+    let by_hand = ["restore", "run", "--to", text(&to), "--standby"];
+    said(&sidecar.ok(&[&by_hand[..], &["--primary-conninfo", &conninfo]].concat()), &["is a standby", "streams"]);
+    said(&sidecar.fails(2, &[&by_hand[..], &["--target-immediate"]].concat()), &["cannot be used with"]);
+    assert!(to.join("standby.signal").exists() && !to.join("recovery.signal").exists());
     stop(&mut postgres, &mut sidecar);
+    let mut by_hand = Postgres::on(&scratch, to, major);
+    sidecar.start();
+    by_hand.start(&["-c", "archive_mode=off"]);
+    wait_until("it has what was archived", PATIENCE, || has(&by_hand, "3"));
+    assert_eq!(by_hand.sql("SELECT pg_is_in_recovery()"), "t");
 }
 
 #[test]
