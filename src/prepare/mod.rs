@@ -209,7 +209,9 @@ impl Preparation<'_> {
 
     fn cant_tell(&self, failure: Failure) -> Failure {
         let hint = format!("{} {}", Refusal::CantTell.hint(), failure.hint);
-        failure.context(format!("{} is empty, and {}", self.pgdata.display(), Refusal::CantTell)).hint(hint.trim())
+        failure
+            .context(format!("{} holds no database, and {}", self.pgdata.display(), Refusal::CantTell))
+            .hint(hint.trim())
     }
 
     /// There is a database. Nothing here may keep it from starting.

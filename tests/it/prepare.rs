@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::Path,
     time::{Duration, Instant},
 };
@@ -464,6 +465,12 @@ fn a_volume_that_can_not_be_written_to_is_told_with_what_to_set_root_pg15() {
     fs::create_dir(&volume).unwrap();
     sidecar.set("PGDATA", volume.join("pgdata").to_str().unwrap());
     said(&prepared(&sidecar, 73, &[RESTORE]), &["belongs to user 0", "securityContext.fsGroup"]);
+    // Whose it is can't be told; most likely a database's, which must not be kept from starting.
+    let closed = scratch.path().join("closed");
+    fs::create_dir(&closed).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+    let theirs = [RESTORE, ("PGDATA", text(&closed))];
+    said(&prepared(&sidecar, 0, &theirs), &["ERROR", "can't be read", "securityContext.runAsUser: 0"]);
     // The image would fail as well; that's its own to say.
     said(&prepared(&sidecar, 0, &[("PGSIDECAR_ON_EMPTY", "initdb")]), &["WARN", "securityContext.fsGroup"]);
 }
