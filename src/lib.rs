@@ -17,6 +17,7 @@ pub mod logging;
 pub mod metrics;
 pub mod pgdata;
 pub mod postgres;
+pub mod prepare;
 pub mod progress;
 pub mod repository;
 pub mod restore;

@@ -19,19 +19,10 @@ use crate::{
     jobs::{Outcome, Snapshot},
     pgdata::DataDirectory,
     progress::{Phase as JobPhase, Progress},
-    restore::default_restore_command,
+    restore::command::restore_command,
     settings::Settings,
     switch::{self, Asker, Kept, describe},
 };
-
-/// `restore undo`
-#[derive(Args, Debug)]
-pub struct UndoArgs {
-    #[command(flatten)]
-    system: SystemArgs,
-    #[command(flatten)]
-    output: OutputArgs,
-}
 
 /// `restore clean`
 #[derive(Args, Debug)]
@@ -119,7 +110,7 @@ fn print_prepared(switch: &Switch) -> Result<(), Failure> {
 pub async fn switch(settings: &Settings, output: OutputArgs) -> Result<(), Failure> {
     let progress = Arc::new(Progress::default());
     let shown = show_progress(progress.clone(), output.json);
-    let switched = switch::before_start(settings, progress).await;
+    let switched = switch::before_start(settings, settings.work()?.pgdata()?, progress).await;
     shown.abort();
     let _ = shown.await;
     let Some(switch) = switched? else {
@@ -154,13 +145,13 @@ pub fn print_switched(switch: &Switch) -> Result<(), Failure> {
 }
 
 /// `restore undo`
-pub async fn undo(settings: &Settings, args: UndoArgs) -> Result<(), Failure> {
+pub async fn undo(settings: &Settings, output: OutputArgs) -> Result<(), Failure> {
     let work = settings.work()?;
     let pgdata = DataDirectory::open(work.pgdata()?)?;
-    let repository = open_repository(work, &args.system).await?;
-    let command = default_restore_command(&work.helper, settings.process.wal_listen, &repository, false)?;
+    let system = pgdata.control()?.system_identifier;
+    let command = restore_command(&work.helper, settings.process.wal_listen, system, false)?;
     let switch = tokio::task::spawn_blocking(move || switch::undo(&pgdata, &command)).await??;
-    if args.output.json { output::print_json(&switch) } else { print_prepared(&switch) }
+    if output.json { output::print_json(&switch) } else { print_prepared(&switch) }
 }
 
 /// `restore cancel`

@@ -8,6 +8,7 @@ pub mod extract;
 mod in_place;
 pub mod output;
 pub mod plan;
+pub mod prepare;
 pub mod progress;
 pub mod restore;
 pub mod restore_point;
@@ -62,6 +63,8 @@ enum Command {
         #[arg(long, env = "PGSIDECAR_PUBLISH_HELPER", value_name = "DIR", hide_env_values = true)]
         publish_helper: Option<String>,
     },
+    /// Before PostgreSQL starts: decide what an empty data directory means, restore or clone into it when asked to
+    Prepare(prepare::PrepareArgs),
     /// Try everything that backups and restores will need
     Check(check::CheckArgs),
     /// Show how the daemon stands: archiving, the last backup, what is wrong
@@ -113,7 +116,7 @@ pub fn main() -> ExitCode {
         std::process::exit(if cannot_tell { i32::from(wal::CANNOT_TELL) } else { error.exit_code() })
     });
     let for_postgresql = matches!(&cli.command, Command::Wal(command) if command.is_restore_command());
-    let is_daemon = matches!(cli.command, Command::Run { .. });
+    let is_daemon = matches!(cli.command, Command::Run { .. } | Command::Prepare(_));
     let default_level = if is_daemon { "info" } else { "warn" };
     let mut settings = Settings::resolve(&cli.settings, &PodEnvironment::from_process());
     let wrong = logging::start(cli.settings.log.as_deref(), cli.settings.log_format.as_deref(), default_level);
@@ -145,6 +148,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
             let publish_helper = publish_helper.filter(|directory| !directory.is_empty()).map(PathBuf::from);
             daemon::run(settings, publish_helper).await.map(done)
         }
+        Command::Prepare(args) => prepare::run(settings, &args).await.map(done),
         Command::Check(args) => check::run(settings, &args).await,
         Command::Status(args) => status::run(settings, args).await.map(done),
         Command::Backup(command) => backup::run(settings, command).await,

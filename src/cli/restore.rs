@@ -11,12 +11,12 @@ use clap::{Args, Subcommand};
 use pgsidecar_core::{
     BackupId, Lsn, SnapshotId, TimelineId,
     plan::RestoreRequest,
-    recovery::{RecoveryTarget, RestoreOrder, RestorePointName, TargetAction, parse_target_time},
+    recovery::{RecoveryMode, RecoveryTarget, RestoreOrder, RestorePointName, TargetAction, parse_target_time},
 };
 
 use super::{
     OutputArgs, SystemArgs,
-    in_place::{self, CleanArgs, UndoArgs},
+    in_place::{self, CleanArgs},
     open_repository, output,
     plan::{self, print_plan, print_snapshot_plan},
     progress::Shown,
@@ -24,7 +24,7 @@ use super::{
 use crate::{
     estimate::Estimate,
     failure::{Code, Failure},
-    restore::{self, RestoreOptions, default_restore_command, unpack::Progress},
+    restore::{self, RestoreOptions, command::restore_command, unpack::Progress},
     settings::Settings,
 };
 
@@ -38,7 +38,7 @@ pub enum RestoreCommand {
     /// Carry out what was prepared with 'restore run --in-place' or 'restore undo'; no server may run
     Switch(OutputArgs),
     /// Prepare that what was there before the last restore in place comes back
-    Undo(UndoArgs),
+    Undo(OutputArgs),
     /// Take back what is prepared
     Cancel(OutputArgs),
     /// Remove the databases that restores in place have kept
@@ -128,6 +128,12 @@ pub struct RunArgs {
     /// The restored server's restore_command [default: pgsidecar-wal, asking the daemon at --wal-listen]
     #[arg(long, value_name = "COMMAND")]
     restore_command: Option<String>,
+    /// Make a standby: it follows the archive, on the newest timeline, until it's promoted
+    #[arg(long, conflicts_with_all = ["target", "target_timeline", "target_exclusive", "from_snapshot"])]
+    standby: bool,
+    /// How the standby reaches its primary, to stream from it as well
+    #[arg(long, value_name = "CONNINFO", requires = "standby")]
+    primary_conninfo: Option<String>,
     #[command(flatten)]
     system: SystemArgs,
     #[command(flatten)]
@@ -140,6 +146,15 @@ pub struct RunArgs {
     /// What the server does at the target: promote, pause or shutdown
     #[arg(long, value_name = "ACTION", default_value_t = TargetAction::Promote)]
     target_action: TargetAction,
+}
+
+impl RunArgs {
+    fn mode(&self) -> RecoveryMode {
+        match self.standby {
+            true => RecoveryMode::Standby { primary_conninfo: self.primary_conninfo.clone() },
+            false => RecoveryMode::default(),
+        }
+    }
 }
 
 impl TargetArgs {
@@ -223,14 +238,14 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
             let restore_command = match &args.restore_command {
                 Some(command) => command.clone(),
                 None => {
-                    // Everything that there is: also the end of the WAL that a stopped server had, and that is in no whole
-                    // segment.
-                    let tail = request.target == RecoveryTarget::Latest;
-                    default_restore_command(&work.helper, settings.process.wal_listen, &repository, tail)?
+                    let system = repository.layout().system();
+                    let tail = request.target == RecoveryTarget::Latest && !args.standby;
+                    restore_command(&work.helper, settings.process.wal_listen, system, tail)?
                 }
             };
             let options = RestoreOptions {
                 to: to.clone(),
+                mode: args.mode(),
                 inclusive: !args.target.target_exclusive,
                 action: args.target_action,
                 tablespaces,
@@ -272,6 +287,13 @@ pub async fn run(settings: &Settings, command: RestoreCommand) -> Result<(), Fai
 }
 
 fn print_restored(options: &RestoreOptions, target: &RecoveryTarget, timeline: TimelineId) -> Result<(), Failure> {
+    if let RecoveryMode::Standby { primary_conninfo } = &options.mode {
+        let streams = primary_conninfo.as_ref().map_or("", |_| " and streams from its primary");
+        return output::print_line(&format!(
+            "Restored to {}. PostgreSQL is a standby when it starts there: it follows the archive{streams}, on the newest timeline, until it's promoted.",
+            options.to.display(),
+        ));
+    }
     output::print_line(&format!(
         "Restored to {}. PostgreSQL recovers to {target} when it starts there, on timeline {timeline}, and then will {}.",
         options.to.display(),

@@ -9,7 +9,7 @@ use std::{
 
 use pgsidecar_core::{ArchiveFileName, SystemIdentifier, TimelineId};
 
-use super::{App, Work};
+use super::{App, Work, cloning::recovery_signal};
 use crate::{
     failure::{Code, Failure},
     histories::MAX_HISTORY_BYTES,
@@ -54,6 +54,9 @@ impl App {
             (Err(_), Some(system)) => (None, system),
             (Err(failure), None) => return Err(failure),
         };
+        let signal = pgdata.as_ref().map(recovery_signal).transpose()?.unwrap_or_default();
+        // Its restore_command may be another than the one that the restore wrote.
+        let tail = tail || signal.tail;
         // Before the store is asked: what is removed from there has been stored by then.
         let waits = work.waits_to_be_archived(name, pgdata.as_ref()).await;
         // Where the whole segment will come, its beginning isn't handed out.
@@ -61,6 +64,9 @@ impl App {
         // Into pg_wal only what goes there: a database that is restored beside the living one must not fill its volume.
         let pgdata = pgdata.filter(|pgdata| directory.is_some() && directory == inode_of(&pgdata.wal()));
         let request = FetchRequest { repository: work.repository(system), name, pgdata, tail };
+        if let Some(source) = &signal.source {
+            return work.fetch_for_clone(source, request).await;
+        }
         let fetched = match name {
             ArchiveFileName::History(timeline) => work.history(timeline, &request, standby).await,
             _ => work.fetcher.fetch(&request).await,

@@ -10,6 +10,7 @@
 //! connections are accepted no more, and the requests under way end. All of it takes at most the drain timeout. A second
 //! signal exits at once.
 
+mod cloning;
 mod fetching;
 mod restore_points;
 pub mod restores;
@@ -31,7 +32,7 @@ use hyper::{Request, body::Incoming};
 use pgsidecar_core::{
     ArchiveFileName, ControlFile, Layout, SystemIdentifier,
     chain::{BackupType, Choice},
-    settings::RepositoryUrl,
+    settings::{CloneSource, RepositoryUrl},
 };
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
@@ -50,7 +51,7 @@ use crate::{
     repository::{Repository, Stored},
     settings::{ProcessSettings, Settings, WorkSettings},
     snapshot::Snapshots,
-    store::{ConditionalCreation, LocalStore, S3Config, S3Store, Store},
+    store::{ConditionalCreation, LocalStore, ReadOnlyStore, S3Config, S3Store, Store},
     wal::{
         Origin, Origins,
         archive::Archiver,
@@ -64,12 +65,23 @@ use crate::{
 
 const RETRY_START_WORK: Duration = Duration::from_secs(10);
 
+use cloning::Source;
+
 pub use fetching::Wanted;
 pub use status::{ArchiveStatus, LastBackup, LastDrill, RestoresStatus, Status};
 
 /// Opens the store that the settings name. No network access.
 pub async fn open_store(settings: &WorkSettings) -> Arc<dyn Store> {
-    match &settings.repository {
+    open_store_at(&settings.repository, settings).await
+}
+
+/// Opens the store of a clone's source, read-only. No network access.
+pub async fn open_source(source: &CloneSource, settings: &WorkSettings) -> Arc<dyn Store> {
+    Arc::new(ReadOnlyStore::new(open_store_at(&source.repository, settings).await))
+}
+
+async fn open_store_at(repository: &RepositoryUrl, settings: &WorkSettings) -> Arc<dyn Store> {
+    match repository {
         RepositoryUrl::Directory(path) => Arc::new(LocalStore::new(path)),
         RepositoryUrl::S3 { bucket, prefix } => {
             let config = S3Config {
@@ -102,6 +114,7 @@ struct Work {
     settings: WorkSettings,
     store: Arc<dyn Store>,
     fetcher: Fetcher,
+    source: Option<Source>,
     histories: KnownHistories,
     archive_directory: Option<Arc<ArchiveDirectory>>,
     /// The systems whose `cluster.json` is known to be there.
@@ -124,6 +137,7 @@ impl App {
                     settings: work.clone(),
                     store: open_store(work).await,
                     fetcher: Fetcher::new(work.spool.clone()),
+                    source: Source::open(work).await,
                     histories: KnownHistories::default(),
                     archive_directory: work.archive_directory.clone().map(|path| Arc::new(ArchiveDirectory::new(path))),
                     noted: Mutex::default(),

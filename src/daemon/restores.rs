@@ -8,7 +8,7 @@ use super::App;
 use crate::{
     failure::{Code, Failure},
     jobs::Job,
-    restore::default_restore_command,
+    restore::command::restore_command,
     switch::{self, Asker, Kept},
 };
 
@@ -47,8 +47,8 @@ impl App {
     pub async fn undo_restore(&self) -> Result<Switch, Failure> {
         let work = self.work()?;
         let (pgdata, control) = work.data_directory()?;
-        let repository = work.repository(control.system_identifier);
-        let command = default_restore_command(&work.settings.helper, self.process.wal_listen, &repository, false)?;
+        let system = control.system_identifier;
+        let command = restore_command(&work.settings.helper, self.process.wal_listen, system, false)?;
         tokio::task::spawn_blocking(move || switch::undo(&pgdata, &command)).await?
     }
 

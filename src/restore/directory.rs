@@ -15,7 +15,7 @@ use super::room;
 use crate::failure::{Code, Failure};
 
 /// Says that what is in the directory comes from a restore that isn't complete.
-pub(super) const MARKER: &str = "pgsidecar.restoring";
+pub const MARKER: &str = "pgsidecar.restoring";
 const HOLDS_A_DATABASE: &str = "holds a database";
 const BEING_RESTORED_TO: &str = "is being restored to at this moment";
 

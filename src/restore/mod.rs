@@ -20,6 +20,7 @@
 //! If any step fails, what was written is removed again.
 
 mod chain;
+pub mod command;
 pub mod directory;
 mod layer;
 mod manifest;
@@ -31,10 +32,11 @@ pub(crate) mod running;
 pub mod snapshot;
 pub mod unpack;
 
+pub use directory::MARKER;
+
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::SocketAddr,
     os::unix::fs::{DirBuilderExt, MetadataExt, symlink},
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -46,7 +48,7 @@ use pgsidecar_core::{
     backup_label::TablespaceMap,
     data_directory::empty_wal_subdirectories,
     plan::RestorePlan,
-    recovery::{RecoverySettings, TargetAction, rewrite_auto_conf},
+    recovery::{RecoveryMode, RecoverySettings, TargetAction, rewrite_auto_conf},
 };
 
 pub use self::planning::plan;
@@ -66,6 +68,8 @@ use crate::{
 pub struct RestoreOptions {
     /// The directory to restore to: absent or empty.
     pub to: PathBuf,
+    /// As what the server starts.
+    pub mode: RecoveryMode,
     /// Whether the target itself is replayed.
     pub inclusive: bool,
     /// What the server does at the target.
@@ -215,6 +219,7 @@ async fn fill(
         _ => filling.full(backup, remap).await?,
     };
     let settings = RecoverySettings {
+        mode: options.mode.clone(),
         target: plan.target.clone(),
         inclusive: options.inclusive,
         timeline: plan.timeline,
@@ -342,33 +347,6 @@ fn move_wal(directory: &TargetDirectory, wal: &StagedWal, major: u32) -> Result<
     make().map_err(|error| Failure::io(format!("making {}", wal.written.display()), &error))
 }
 
-/// The command that a restored server gets. It names the database system: the daemon may sit beside another one. With the
-/// `tail`, it gets the end of the WAL that a stopped server had as well.
-///
-/// # Errors
-/// If the helper's path is nothing for a shell.
-pub fn default_restore_command(
-    helper: &Path,
-    address: SocketAddr,
-    repository: &Repository,
-    tail: bool,
-) -> Result<String, Failure> {
-    let helper = helper.display().to_string();
-    // PostgreSQL hands it to a shell, after replacing %; quoting everything that is special there isn't worth it.
-    if helper.contains(['"', '\\', '$', '`', '%', '\n', '\'']) {
-        return Err(Failure::new(
-            Code::Misconfigured,
-            format!("PGSIDECAR_HELPER: {helper:?} has characters that are special to a shell"),
-        )
-        .hint("Choose another place for it, or give the whole command with --restore-command."));
-    }
-    let tail = if tail { " --tail" } else { "" };
-    Ok(format!(
-        "\"{helper}\" --address {address} restore{tail} --system-identifier {} %f \"%p\"",
-        repository.layout().system()
-    ))
-}
-
 /// What `pg_backup_stop` returned for a backup or a snapshot.
 struct RecoveryFiles<'a> {
     label: &'a [u8],
@@ -396,7 +374,10 @@ fn write_recovery_files(
         Err(error) => return Err(Failure::io(format!("reading {}", auto_conf.display()), &error)),
     };
     directory.write_durably("postgresql.auto.conf", &rewrite_auto_conf(&brought, major, settings))?;
-    directory.write_durably("recovery.signal", b"")?;
+    match &settings.mode {
+        RecoveryMode::Recovery(signal) => directory.write_durably("recovery.signal", signal.to_string().as_bytes())?,
+        RecoveryMode::Standby { .. } => directory.write_durably("standby.signal", b"")?,
+    }
     if let Some(map) = files.map {
         // PostgreSQL makes its links by this file when it starts: with the old locations it would point back to them.
         let parsed: TablespaceMap =

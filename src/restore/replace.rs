@@ -127,6 +127,7 @@ pub async fn run(
         }
     };
     let settings = RecoverySettings {
+        mode: options.mode.clone(),
         target: plan.target.clone(),
         inclusive: options.inclusive,
         timeline: plan.timeline,

@@ -108,6 +108,7 @@ fn finish(plan: &SnapshotPlan, options: &RestoreOptions, living: Option<&Path>) 
         return Err(failure);
     }
     let settings = RecoverySettings {
+        mode: options.mode.clone(),
         target: plan.target.clone(),
         inclusive: options.inclusive,
         timeline: plan.timeline,

@@ -6,6 +6,7 @@
 //! which fall back to their defaults, and the list of errors.
 
 mod pod;
+mod prepare;
 mod raw;
 
 use std::{
@@ -15,9 +16,10 @@ use std::{
     time::Duration,
 };
 
-use pgsidecar_core::settings::{ClusterName, RepositoryUrl, parse_bytes, parse_duration};
+use pgsidecar_core::settings::{CloneSource, ClusterName, RepositoryUrl, parse_bytes, parse_duration};
 
 pub use pod::PodEnvironment;
+pub use prepare::{PrepareSettings, RawPrepare, StartSettings};
 pub use raw::RawSettings;
 
 use crate::{
@@ -34,6 +36,8 @@ const DEFAULT_CONTROL_SOCKET: &str = "/run/pgsidecar/control.sock";
 pub struct Settings {
     /// What the process needs to answer at all.
     pub process: ProcessSettings,
+    /// What has to be known before PostgreSQL starts, whatever else is wrong.
+    pub start: StartSettings,
     /// What its work needs.
     pub work: Result<WorkSettings, SettingErrors>,
 }
@@ -62,6 +66,8 @@ pub struct WorkSettings {
     pub s3: S3Settings,
     /// This database's name in the repository.
     pub cluster: ClusterName,
+    /// The cluster that this one is or was cloned from.
+    pub clone_from: Option<CloneSource>,
     /// Who does the work: pod or host.
     pub instance: String,
     /// Who archives: what stays the same when a pod is replaced.
@@ -246,7 +252,7 @@ impl Settings {
             Some(work) if resolver.0.is_empty() => Ok(work),
             _ => Err(SettingErrors(resolver.0)),
         };
-        Settings { process, work }
+        Settings { process, start: StartSettings::resolve(raw, pod), work }
     }
 
     /// Adds an error that was found elsewhere.
@@ -348,6 +354,16 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             None
         }
     };
+    let clone_from: Option<CloneSource> =
+        resolver.value("PGSIDECAR_CLONE_FROM", raw.clone_from.as_ref(), None, |text| text.parse().map(Some));
+    if let (Some(source), Some(repository), Some(cluster)) = (&clone_from, &repository, &cluster)
+        && prepare::is_same_place(source, repository, cluster)
+    {
+        let problem = format!(
+            "{source} is this database's own place in its own repository; a clone needs another PGSIDECAR_CLUSTER or PGSIDECAR_REPOSITORY"
+        );
+        resolver.error("PGSIDECAR_CLONE_FROM", problem);
+    }
     let boolean = |text: &str| match text {
         "true" | "1" | "on" => Ok(Some(true)),
         "false" | "0" | "off" => Ok(Some(false)),
@@ -369,6 +385,7 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             region: raw.s3_region.clone().filter(|text| !text.is_empty()),
             path_style: resolver.value("PGSIDECAR_S3_PATH_STYLE", raw.s3_path_style.as_ref(), None, boolean),
         },
+        clone_from,
         instance: pod.instance().to_owned(),
         workload: resolver.value(
             "PGSIDECAR_WORKLOAD",

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use pgsidecar_core::prepare::Place;
+
 /// What the environment tells of the pod, by the downward API.
 #[derive(Clone, Debug, Default)]
 pub struct PodEnvironment {
@@ -42,6 +44,12 @@ impl PodEnvironment {
             _ if is_container_id => None,
             _ => pgdata.map(|pgdata| format!("{}:{}", self.host_name, pgdata.display())),
         }
+    }
+
+    /// Which of a set's servers this is.
+    pub fn place(&self) -> Place {
+        let pod = self.name.as_deref().or(self.in_kubernetes.then_some(self.host_name.as_str()));
+        pod.map_or(Place::Primary, Place::of_pod)
     }
 
     /// `NAMESPACE/WORKLOAD` in Kubernetes, `main` elsewhere. Two databases never meet under one name: their system

@@ -23,6 +23,17 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub workload: Option<String>,
+    /// The cluster that this database is cloned from, when its data directory is empty: s3://BUCKET/PREFIX?cluster=NAME or
+    /// file:///DIRECTORY?cluster=NAME
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_CLONE_FROM",
+        value_name = "URL",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub clone_from: Option<String>,
     /// PostgreSQL's data directory, on the volume shared with it
     #[arg(long, global = true, env = "PGDATA", value_name = "DIR", hide_env_values = true)]
     pub pgdata: Option<String>,

@@ -33,7 +33,7 @@ use std::{
 use pgsidecar_core::{
     BackupRecord, Lsn, SegmentName, TimelineHistory,
     plan::{RestorePlan, RestoreRequest},
-    recovery::{RecoverySettings, RecoveryTarget, TargetAction, rewrite_auto_conf},
+    recovery::{RecoveryMode, RecoverySettings, RecoveryTarget, TargetAction, rewrite_auto_conf},
 };
 
 use self::{bindir::Binaries, config::ServerSetting, scratch::RunDirectory, server::SideServer, sql::SideSession};
@@ -177,6 +177,7 @@ impl Side {
             .collect();
         let options = RestoreOptions {
             to: self.run.data(),
+            mode: recovery.mode.clone(),
             inclusive: recovery.inclusive,
             action: recovery.action,
             tablespaces,
@@ -263,6 +264,7 @@ impl Side {
             arguments += " --tail";
         }
         Ok(RecoverySettings {
+            mode: RecoveryMode::default(),
             target: restore.target.clone(),
             inclusive: self.options.inclusive,
             timeline: restore.timeline,

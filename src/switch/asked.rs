@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 use pgsidecar_core::{
     Layout, TimelineId,
     plan::RestoreRequest,
-    recovery::{RecoveryTarget, RestoreOrder},
+    recovery::{RecoveryMode, RecoveryTarget, RestoreOrder},
     switch::{Phase, Purpose, Switch},
 };
 
@@ -16,7 +16,7 @@ use crate::{
     pgdata::DataDirectory,
     progress::Progress,
     repository::Repository,
-    restore::{self, RestoreOptions, default_restore_command, replace, running::server_on},
+    restore::{self, RestoreOptions, command::restore_command, replace, running::server_on},
     settings::{ProcessSettings, Settings, WorkSettings},
 };
 
@@ -61,16 +61,17 @@ impl Asker<'_> {
         // the timeline. A tail in the repository may be older.
         let has_the_end = pgdata.control()?.timeline == timeline;
         let tail = order.request()?.target == RecoveryTarget::Latest && !has_the_end;
-        let restore_command = match &order.restore_command {
+        let command = match &order.restore_command {
             Some(command) => command.clone(),
-            None => default_restore_command(&self.work.helper, self.process.wal_listen, repository, tail)?,
+            None => restore_command(&self.work.helper, self.process.wal_listen, repository.layout().system(), tail)?,
         };
         Ok(RestoreOptions {
             to: pgdata.path().to_owned(),
+            mode: RecoveryMode::default(),
             inclusive: !order.exclusive,
             action: order.action,
             tablespaces: order.tablespaces.clone(),
-            restore_command,
+            restore_command: command,
             parallelism: self.work.parallelism,
         })
     }
@@ -102,16 +103,17 @@ impl Asker<'_> {
         }
         let kept_wal = if to_the_end { wal::saved(&kept, timeline)? } else { Vec::new() };
         let tail = to_the_end && kept_wal.is_empty();
-        let restore_command = match &order.restore_command {
+        let command = match &order.restore_command {
             Some(command) => command.clone(),
-            None => default_restore_command(&self.work.helper, self.process.wal_listen, &repository, tail)?,
+            None => restore_command(&self.work.helper, self.process.wal_listen, system, tail)?,
         };
         let options = RestoreOptions {
             to: data.path.clone(),
+            mode: RecoveryMode::default(),
             inclusive: !order.exclusive,
             action: order.action,
             tablespaces: order.tablespaces.clone(),
-            restore_command,
+            restore_command: command,
             parallelism: self.work.parallelism,
         };
         replace::run(&repository, &plan, &options, &kept_wal, progress).await?;
@@ -150,14 +152,17 @@ fn note_replacement(
 ///
 /// # Errors
 /// As [`carry_out`]: PostgreSQL must not be started then.
-pub async fn before_start(settings: &Settings, progress: Arc<Progress>) -> Result<Option<Switch>, Failure> {
-    let work = settings.work()?;
-    let path = work.pgdata()?.to_owned();
+pub async fn before_start(
+    settings: &Settings,
+    pgdata: &Path,
+    progress: Arc<Progress>,
+) -> Result<Option<Switch>, Failure> {
+    let path = pgdata.to_owned();
     let data = Place::of_data(&path)?;
     match note::pending(&data)? {
         Some(switch) if matches!(switch.purpose, Purpose::Replace { .. }) => {
             let _lock = note::lock(&data)?;
-            let asker = Asker { work, process: &settings.process };
+            let asker = Asker { work: settings.work()?, process: &settings.process };
             let begun = switch.phase == Phase::Switching;
             let done = asker.replace(&data, switch, progress).await;
             done.map(Some).map_err(|failure| if begun { failure.hint(format!("PostgreSQL doesn't start on {} until this has ended. Put right what is wrong and try again: it goes on.", path.display())) } else { failure })

@@ -8,7 +8,7 @@ use std::{
 };
 
 use pgsidecar_core::{
-    recovery::{RecoverySettings, RecoveryTarget, TargetAction},
+    recovery::{RecoveryMode, RecoverySettings, RecoveryTarget, TargetAction},
     switch::{Phase, Purpose, Role, Root, SHUT, Seen, Step, Switch, Way, stays_inside},
 };
 use rustix::{
@@ -308,6 +308,7 @@ fn leave_taken_timeline(switch: &Switch, restore_command: &str) -> Result<(), Fa
         return Ok(());
     }
     let settings = RecoverySettings {
+        mode: RecoveryMode::default(),
         target: RecoveryTarget::Latest,
         inclusive: true,
         timeline: ours,

@@ -39,6 +39,7 @@ pub async fn restore_to(repository: &Repository, to: &Path, backup: Option<Backu
     let request = RestoreRequest { target: RecoveryTarget::Immediate, timeline: None, backup, inclusive: true };
     let plan = restore::plan(repository, request).await?;
     let options = RestoreOptions {
+        mode: pgsidecar_core::recovery::RecoveryMode::default(),
         to: to.to_owned(),
         inclusive: true,
         action: TargetAction::Promote,

@@ -1,6 +1,7 @@
 //! Where things lie in the repository: the one place that turns names into keys and keys into names.
 //!
 //! ```text
+//! <cluster>/requests/<id>.json          a restore that was asked for once, begun; <id>.served.json: done
 //! <cluster>/<system-identifier>/
 //!   cluster.json                        what the segments are like; written before the first WAL
 //!   wal/<timeline>/owner.json           which workload archives this timeline ; see the owner's record
@@ -20,7 +21,7 @@
 
 use crate::{
     ArchiveFileName, BackupId, ClusterName, DrillId, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
-    SystemIdentifier, TimelineId,
+    SystemIdentifier, TimelineId, prepare::RequestId,
 };
 
 /// How many hexadecimal digits of the content's hash the keys of a `.partial` and of a tail carry.
@@ -104,6 +105,16 @@ impl Layout {
     /// [`Layout::cluster_prefix`].
     pub fn system_of_prefix(cluster: &ClusterName, prefix: &str) -> Option<SystemIdentifier> {
         prefix.strip_prefix(&Layout::cluster_prefix(cluster))?.strip_suffix('/')?.parse().ok()
+    }
+
+    /// The key of the claim of a request. It's the cluster's: where the data are lost, no database system is known yet.
+    pub fn request(cluster: &ClusterName, id: &RequestId) -> ObjectKey {
+        key(format!("{cluster}/requests/{id}.json"))
+    }
+
+    /// The key of what says that a request was served. Ids have no dots, so that it's no other request's claim.
+    pub fn served_request(cluster: &ClusterName, id: &RequestId) -> ObjectKey {
+        key(format!("{cluster}/requests/{id}.served.json"))
     }
 
     /// What every key of this database system begins with.
@@ -381,6 +392,16 @@ mod tests {
             assert_eq!(layout().key(&object).as_str(), format!("shop/orders/7575002186531184001/{path}"));
             assert_eq!(parse(path), Some(object));
         }
+    }
+
+    #[test]
+    fn requests_are_the_cluster_s_and_no_database_system_s() {
+        let (layout, id) = (layout(), "2026-11-21-a".parse().unwrap());
+        let keys = [Layout::request(layout.cluster(), &id), Layout::served_request(layout.cluster(), &id)];
+        assert_eq!(keys[0].as_str(), "shop/orders/requests/2026-11-21-a.json");
+        assert_eq!(keys[1].as_str(), "shop/orders/requests/2026-11-21-a.served.json");
+        assert!(keys.iter().all(|key| layout.parse(key).is_none()));
+        assert_eq!(Layout::system_of_prefix(layout.cluster(), "shop/orders/requests/"), None);
     }
 
     #[test]

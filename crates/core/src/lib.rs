@@ -23,6 +23,7 @@ mod le;
 mod lsn;
 pub mod page;
 pub mod plan;
+pub mod prepare;
 pub mod recovery;
 pub mod restore_point;
 pub mod settings;

@@ -6,6 +6,7 @@
 
 mod auto_conf;
 mod order;
+mod signal;
 mod target_time;
 
 use std::{fmt, str::FromStr};
@@ -17,6 +18,7 @@ use crate::{Lsn, TimelineId};
 
 pub use auto_conf::rewrite_auto_conf;
 pub use order::{InvalidTarget, RestoreOrder, Target};
+pub use signal::RecoverySignal;
 pub use target_time::{TargetTimeError, parse_target_time};
 
 /// Where recovery ends ("Recovery Target" in the manual).
@@ -147,9 +149,30 @@ impl fmt::Display for TargetAction {
     }
 }
 
+/// As what a restored server starts.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum RecoveryMode {
+    /// It recovers to its target (`recovery.signal`). What is said here goes into that file.
+    Recovery(RecoverySignal),
+    /// It follows its archive, and its primary if one is named, until somebody promotes it (`standby.signal`). It has no
+    /// target, and follows whatever timeline is the newest.
+    Standby {
+        /// How its primary is reached, to stream from it; `None` for a standby that is fed by the archive alone.
+        primary_conninfo: Option<String>,
+    },
+}
+
+impl Default for RecoveryMode {
+    fn default() -> RecoveryMode {
+        RecoveryMode::Recovery(RecoverySignal::default())
+    }
+}
+
 /// What a restored server is told about its recovery.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RecoverySettings {
+    /// As what it starts. A standby has no target and no timeline: those here are without meaning for it.
+    pub mode: RecoveryMode,
     /// Where it ends.
     pub target: RecoveryTarget,
     /// Whether the target itself is replayed. Without meaning for `Latest`, `Immediate` and `Name`.

@@ -118,6 +118,48 @@ impl fmt::Display for RepositoryUrl {
     }
 }
 
+impl RepositoryUrl {
+    /// Whether a cluster of this repository has the very keys of a cluster of that one, as far as the names tell: the
+    /// border between prefix and cluster name can lie elsewhere.
+    pub fn is_same_place(&self, cluster: &ClusterName, other: &RepositoryUrl, others: &ClusterName) -> bool {
+        let place = |url: &RepositoryUrl, cluster: &ClusterName| match url {
+            RepositoryUrl::S3 { bucket, prefix } if prefix.is_empty() => (bucket.clone(), format!("{cluster}")),
+            RepositoryUrl::S3 { bucket, prefix } => (bucket.clone(), format!("{prefix}/{cluster}")),
+            RepositoryUrl::Directory(path) => ("/".to_owned(), path.join(cluster.as_str()).display().to_string()),
+        };
+        place(self, cluster) == place(other, others)
+    }
+}
+
+/// The cluster that a database is cloned from: `s3://BUCKET/PREFIX?cluster=NAME` or `file:///DIRECTORY?cluster=NAME`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CloneSource {
+    /// The repository that it's in.
+    pub repository: RepositoryUrl,
+    /// Its name there.
+    pub cluster: ClusterName,
+}
+
+impl FromStr for CloneSource {
+    type Err = InvalidValue;
+
+    fn from_str(text: &str) -> Result<CloneSource, InvalidValue> {
+        const EXPECTED: &str =
+            "a repository and a cluster in it: s3://BUCKET/PREFIX?cluster=NAME or file:///DIRECTORY?cluster=NAME";
+        let parse = || {
+            let (repository, cluster) = text.rsplit_once("?cluster=")?;
+            Some(CloneSource { repository: repository.parse().ok()?, cluster: cluster.parse().ok()? })
+        };
+        parse().filter(|source| !source.to_string().contains('\n')).ok_or_else(|| InvalidValue::new(text, EXPECTED))
+    }
+}
+
+impl fmt::Display for CloneSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}?cluster={}", self.repository, self.cluster)
+    }
+}
+
 /// Splits `text` after its leading digits; `None` if there are none or they overflow.
 fn number_and_unit(text: &str) -> Option<(u64, &str)> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -191,6 +233,38 @@ mod tests {
         {
             assert!(text.parse::<RepositoryUrl>().is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_clone_s_source_is_a_cluster_in_a_repository() {
+        for text in
+            ["s3://backups/prod?cluster=shop/orders", "s3://backups?cluster=main", "file:///srv/repo?cluster=main"]
+        {
+            assert_eq!(text.parse::<CloneSource>().unwrap().to_string(), text);
+        }
+        for text in [
+            "s3://backups/prod",
+            "s3://backups?cluster=",
+            "?cluster=main",
+            "s3://b?cluster=../x",
+            "file:///a\nb?cluster=x",
+        ] {
+            assert!(text.parse::<CloneSource>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_place_is_the_same_wherever_the_prefix_ends() {
+        let same = |one: &str, other: &str| {
+            let (one, other): (CloneSource, CloneSource) = (one.parse().unwrap(), other.parse().unwrap());
+            one.repository.is_same_place(&one.cluster, &other.repository, &other.cluster)
+        };
+        assert!(same("s3://backups/a?cluster=b/c", "s3://backups/a/b?cluster=c"));
+        assert!(same("s3://backups?cluster=a/c", "s3://backups/a/?cluster=c"));
+        assert!(same("file:///srv/a?cluster=c", "file:///srv/a/?cluster=c"));
+        assert!(!same("s3://backups/a?cluster=b", "s3://backups/a?cluster=c"));
+        assert!(!same("s3://backups/a?cluster=b", "s3://others/a?cluster=b"));
+        assert!(!same("s3://srv/a?cluster=b", "file:///srv/a?cluster=b"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod background;
 pub mod increments;
 mod look;
 mod postgres;
+pub mod preparing;
 mod proxy;
 mod repository;
 mod requests;

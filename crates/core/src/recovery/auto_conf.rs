@@ -8,7 +8,7 @@
 //! ("multiple recovery targets specified", the assign hooks in xlogrecovery.c), and the file is applied from
 //! top to bottom. So the empty ones come first and the one that applies after them.
 
-use super::{RecoverySettings, RecoveryTarget};
+use super::{RecoveryMode, RecoverySettings, RecoveryTarget};
 
 /// Marks the comments of the block, so that a second restore takes them out again.
 const COMMENT: &str = "# pgsidecar restore: ";
@@ -57,15 +57,22 @@ fn is_about_recovery(line: &[u8]) -> bool {
 }
 
 fn block(major: u32, settings: &RecoverySettings) -> String {
+    let (signal, timeline, target, primary) = match &settings.mode {
+        RecoveryMode::Recovery(_) => ("recovery.signal", settings.timeline.to_string(), &settings.target, ""),
+        RecoveryMode::Standby { primary_conninfo } => {
+            let primary = primary_conninfo.as_deref().unwrap_or_default();
+            ("standby.signal", "latest".to_owned(), &RecoveryTarget::Latest, primary)
+        }
+    };
     let mut lines = vec![
-        format!("{COMMENT}how this server recovers. Without recovery.signal it means nothing."),
+        format!("{COMMENT}how this server recovers. Without {signal} it means nothing."),
         set("restore_command", &settings.restore_command),
-        set("recovery_target_timeline", &settings.timeline.to_string()),
+        set("recovery_target_timeline", &timeline),
         set("recovery_target_action", &settings.action.to_string()),
         set("recovery_target_inclusive", if settings.inclusive { "on" } else { "off" }),
         format!("{COMMENT}the order matters, a target that is emptied after another was set stops the server."),
     ];
-    let target = match &settings.target {
+    let target = match target {
         RecoveryTarget::Latest => None,
         RecoveryTarget::Immediate => Some(("recovery_target", "immediate".to_owned())),
         // UTC, with an offset that no `timezone` can change.
@@ -83,7 +90,7 @@ fn block(major: u32, settings: &RecoverySettings) -> String {
         set("recovery_end_command", ""),
         set("archive_cleanup_command", ""),
         set("recovery_min_apply_delay", "0"),
-        set("primary_conninfo", ""),
+        set("primary_conninfo", primary),
         set("primary_slot_name", ""),
     ]);
     if major <= 15 {
@@ -116,6 +123,7 @@ mod tests {
 
     fn settings(target: RecoveryTarget) -> RecoverySettings {
         RecoverySettings {
+            mode: RecoveryMode::default(),
             target,
             inclusive: true,
             timeline: TimelineId::new(10).unwrap(),
@@ -171,6 +179,30 @@ mod tests {
         primary_conninfo = ''
         primary_slot_name = ''
         ");
+    }
+
+    #[test]
+    fn a_standby_has_no_target_and_follows_the_newest_timeline() {
+        let mode = RecoveryMode::Standby { primary_conninfo: Some("host=db-0 password=it's".to_owned()) };
+        let settings = RecoverySettings { mode, ..settings(RecoveryTarget::Immediate) };
+        insta::assert_snapshot!(String::from_utf8(rewrite_auto_conf(b"", 17, &settings)).unwrap(), @r#"
+        # pgsidecar restore: how this server recovers. Without standby.signal it means nothing.
+        restore_command = '''/run/it''''s\\here/pgsidecar-wal'' restore %f %p'
+        recovery_target_timeline = 'latest'
+        recovery_target_action = 'promote'
+        recovery_target_inclusive = 'on'
+        # pgsidecar restore: the order matters, a target that is emptied after another was set stops the server.
+        recovery_target = ''
+        recovery_target_lsn = ''
+        recovery_target_name = ''
+        recovery_target_time = ''
+        recovery_target_xid = ''
+        recovery_end_command = ''
+        archive_cleanup_command = ''
+        recovery_min_apply_delay = '0'
+        primary_conninfo = 'host=db-0 password=it''s'
+        primary_slot_name = ''
+        "#);
     }
 
     #[test]
