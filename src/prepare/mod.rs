@@ -15,6 +15,7 @@
 //! A database that is there is never kept from starting, whatever the settings say (I8): that's told, and nothing else
 //! happens. A directory without one isn't left to initdb as long as it can't be told whether backups of it exist.
 
+mod known;
 mod look;
 mod requests;
 mod whole;
@@ -22,7 +23,7 @@ mod whole;
 use std::{io, path::Path, sync::Arc, time::Duration};
 
 use pgsidecar_core::{
-    BackupRecord, Layout, SystemIdentifier, TimelineId,
+    BackupRecord, Layout, SystemIdentifier,
     plan::{RestorePlan, RestoreRequest},
     prepare::{
         Awaited, Blank, Decision, Directory, KnownSystem, OnEmpty, Place, Refusal, Repository as Known, RequestState,
@@ -33,7 +34,10 @@ use pgsidecar_core::{
 };
 use tokio::task::JoinHandle;
 
-use self::requests::Request;
+use self::{
+    known::{known_systems, newest_timeline},
+    requests::Request,
+};
 use crate::{
     daemon::{open_source, open_store},
     failure::{Code, Failure},
@@ -459,36 +463,4 @@ fn tell(plan: &RestorePlan, repository: &Repository) {
             plan.reachable
         );
     }
-}
-
-fn newest_timeline(systems: &[KnownSystem], system: SystemIdentifier) -> Option<TimelineId> {
-    systems.iter().find(|known| known.system == system)?.newest_timeline
-}
-
-async fn known_systems(store: &Arc<dyn Store>, work: &WorkSettings) -> Result<Vec<KnownSystem>, Failure> {
-    let mut known = Vec::new();
-    for system in Repository::systems(&**store, &work.cluster).await? {
-        let layout = Layout::new(work.cluster.clone(), system);
-        let repository = Repository::new(store.clone(), layout, work.compression_level);
-        known.push(KnownSystem {
-            system,
-            has_backups: has_backups(&repository).await?,
-            has_snapshots: !repository.snapshots().await?.is_empty(),
-            newest_timeline: repository.timelines().await?.into_iter().max(),
-        });
-    }
-    Ok(known)
-}
-
-/// Whether there is a complete backup. One whose record is damaged counts: there was a database.
-async fn has_backups(repository: &Repository) -> Result<bool, Failure> {
-    for id in repository.backup_ids().await?.into_iter().rev() {
-        match repository.backup(id).await {
-            Ok(None) => {}
-            Ok(Some(_)) => return Ok(true),
-            Err(failure) if failure.code == Code::Damaged => return Ok(true),
-            Err(failure) => return Err(failure),
-        }
-    }
-    Ok(false)
 }
