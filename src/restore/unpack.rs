@@ -53,6 +53,13 @@ pub struct Progress {
     cancelled: AtomicBool,
 }
 
+impl Progress {
+    /// Makes all threads end soon that tell it of theirs. While they live, they hold it.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Relaxed);
+    }
+}
+
 /// Writes parts below a directory.
 #[derive(Clone)]
 pub struct Unpacker {
@@ -109,7 +116,7 @@ impl Unpacker {
 
     /// Makes all threads end soon.
     pub fn cancel(&self) {
-        self.progress.cancelled.store(true, Relaxed);
+        self.progress.cancel();
     }
 
     /// Unpacks one part and checks its bytes. Blocks.
