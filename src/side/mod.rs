@@ -48,6 +48,8 @@ use crate::{
 
 /// What must stay free on a file system that the live server is on, beyond what is restored and a quarter of that.
 const LIVE_MARGIN: u64 = 1 << 30;
+/// How long threads may take to end that are told to.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 const PROGRESS_EVERY: Duration = Duration::from_millis(300);
 
 /// Who is told how far it is.
@@ -184,15 +186,16 @@ impl Side {
             restore_command: recovery.restore_command.clone(),
             parallelism: self.options.work.parallelism,
         };
-        let (progress, began) = (Arc::new(Progress::default()), Instant::now());
+        // Dropped after the restore, and the only one to hold it then.
+        let (ending, began) = (Ending(Arc::new(Progress::default())), Instant::now());
         let total: u64 = plan.chain.iter().map(BackupRecord::plain_bytes).sum();
-        let restoring = restore::run(repository, plan, &options, progress.clone());
+        let restoring = restore::run(repository, plan, &options, ending.0.clone());
         tokio::pin!(restoring);
         let mut ticks = tokio::time::interval(PROGRESS_EVERY);
         loop {
             tokio::select! {
                 restored = &mut restoring => break restored?,
-                _ = ticks.tick() => observer.bytes(progress.bytes.load(Relaxed), total, began.elapsed()),
+                _ = ticks.tick() => observer.bytes(ending.0.bytes.load(Relaxed), total, began.elapsed()),
             }
         }
         // Nothing that the live server was told by ALTER SYSTEM is for this one.
@@ -325,6 +328,19 @@ impl Recovered {
         drop(session);
         drop(server);
         side.leave()
+    }
+}
+
+/// Ends the threads of a restore that nobody waits for any more, before their directory goes: they'd make it again.
+struct Ending(Arc<Progress>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.cancel();
+        let until = Instant::now() + END_PATIENCE;
+        while Arc::strong_count(&self.0) > 1 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

@@ -21,7 +21,7 @@ const PREFIX: &str = "pgsidecar-side-";
 const MARKER: &str = "run";
 /// How long a server may take to end after SIGQUIT, and after SIGKILL.
 const END_PATIENCE: Duration = Duration::from_secs(10);
-/// How long threads that were writing into a directory may hold up its removal.
+/// How long what still writes into a directory may hold up its removal.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(10);
 /// The longest path of a Unix socket (`sun_path` of `sockaddr_un`, less the end of the string).
 const LONGEST_SOCKET: usize = 107;
@@ -92,7 +92,6 @@ impl Drop for RunDirectory {
         if !self.remove {
             return;
         }
-        // Threads of an interrupted restore still write: what they're about to create has no directory any more.
         let until = Instant::now() + REMOVE_PATIENCE;
         while let Err(error) = remove(&self.path) {
             if Instant::now() > until {
@@ -165,7 +164,8 @@ fn remove_remains(scratch: &Path) -> io::Result<usize> {
 
 fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        // Something in it may have gone by itself meanwhile.
+        Err(error) if error.kind() != io::ErrorKind::NotFound || path.symlink_metadata().is_ok() => Err(error),
         _ => Ok(()),
     }
 }

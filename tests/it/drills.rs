@@ -325,3 +325,19 @@ fn wal_get_tells_not_there_from_can_t_tell_pg15() {
     fs::write(object(&beside, &segments[0]), b"not zstd").unwrap();
     assert_eq!(get(&[&segments[0], text(&to)]), 200);
 }
+
+#[test]
+fn a_drill_that_is_stopped_while_it_restores_leaves_nothing_pg15() {
+    let beside = Beside::new(15, &[]);
+    beside.postgres.sql("CREATE TABLE rows AS SELECT n, repeat('x', 500) FROM generate_series(1, 50000) n");
+    back_up(&beside.sidecar);
+    for milliseconds in [200, 350, 500, 650, 800, 1000] {
+        let (mut child, log) =
+            beside.sidecar.spawn(&["drill", "run", "--no-amcheck", "--query", "SELECT pg_sleep(600)"]);
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        kill(child.id().cast_signed(), Signal::TERM);
+        let code = child.wait().unwrap().code();
+        assert_eq!(code, Some(143), "{milliseconds}: {}", fs::read_to_string(&log).unwrap());
+        assert_eq!(fs::read_dir(&beside.runs).unwrap().count(), 0, "after {milliseconds} ms");
+    }
+}
