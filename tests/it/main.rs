@@ -23,6 +23,7 @@ mod in_place;
 mod incremental_formats;
 mod memory;
 mod misconfiguration;
+mod one_night;
 mod outage;
 mod point_in_time;
 mod prefetch;

@@ -3,7 +3,7 @@
 //! PostgreSQL refuses to run as root, and the sidecar runs as the same user as PostgreSQL: as root, the tests start
 //! both as `PGSIDECAR_TEST_USER`.
 
-mod background;
+pub mod background;
 pub mod increments;
 mod look;
 mod postgres;
