@@ -14,11 +14,14 @@
 //!   backups/<id>/index.jsonl.zst, backup_manifest.zst
 //!   backups/<id>/backup.json            the commit marker, written last
 //!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
+//!   dumps/<id>/globals.sql.zst, <database>.dump
+//!   dumps/<id>/dump.json                the commit marker of a dump, written last
+//!   pins/<backup id>.json               somebody wants to keep the backup
 //! ```
 
 use crate::{
-    ArchiveFileName, BackupId, ClusterName, ObjectKey, SegmentName, Sha256Digest, SnapshotId, SystemIdentifier,
-    TimelineId,
+    ArchiveFileName, BackupId, ClusterName, DumpId, ObjectKey, SegmentName, Sha256Digest, SnapshotId, SystemIdentifier,
+    TimelineId, key::is_component,
 };
 
 /// How many hexadecimal digits of the content's hash the keys of a `.partial` and of a tail carry.
@@ -48,6 +51,10 @@ pub enum RepositoryObject {
     Backup(BackupId, BackupObject),
     /// `snapshot.json` of a snapshot.
     Snapshot(SnapshotId),
+    /// An object of a dump.
+    Dump(DumpId, DumpObject),
+    /// The wish to keep a backup.
+    Pin(BackupId),
 }
 
 /// The objects of a base backup.
@@ -63,6 +70,27 @@ pub enum BackupObject {
     Index,
     /// A tar archive, by its number from 1 on.
     Part(u32),
+}
+
+/// The objects of a dump.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DumpObject {
+    /// `dump.json`: the commit marker.
+    Record,
+    /// A file of it.
+    File(DumpFile),
+}
+
+/// The name of a dump's file: `….dump`, or `….sql.zst`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct DumpFile(String);
+
+impl DumpFile {
+    /// The file of this name; `None` if a dump has none that is called so.
+    pub fn new(name: &str) -> Option<DumpFile> {
+        let stem = name.strip_suffix(".dump").or_else(|| name.strip_suffix(".sql.zst"))?;
+        (!stem.is_empty() && is_component(name)).then(|| DumpFile(name.to_owned()))
+    }
 }
 
 /// Keys are made of parts that are valid in keys: names in hexadecimal, ids, fixed words.
@@ -123,6 +151,9 @@ impl Layout {
             }
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
             RepositoryObject::Snapshot(id) => format!("snapshots/{id}/snapshot.json"),
+            RepositoryObject::Dump(id, DumpObject::Record) => format!("dumps/{id}/dump.json"),
+            RepositoryObject::Dump(id, DumpObject::File(file)) => format!("dumps/{id}/{}", file.0),
+            RepositoryObject::Pin(id) => format!("pins/{id}.json"),
         };
         key(self.prefix() + &path)
     }
@@ -210,6 +241,21 @@ impl Layout {
         prefix.strip_prefix(&self.snapshots_prefix())?.strip_suffix('/')?.parse().ok()
     }
 
+    /// What the keys of all dumps begin with.
+    pub fn dumps_prefix(&self) -> String {
+        format!("{}dumps/", self.prefix())
+    }
+
+    /// What the keys of one dump begin with.
+    pub fn dump_prefix(&self, id: DumpId) -> String {
+        format!("{}{id}/", self.dumps_prefix())
+    }
+
+    /// What the keys of all pins begin with.
+    pub fn pins_prefix(&self) -> String {
+        format!("{}pins/", self.prefix())
+    }
+
     /// What this key names; `None` for whatever isn't ours.
     pub fn parse(&self, key: &ObjectKey) -> Option<RepositoryObject> {
         let path = key.as_str().strip_prefix(&self.prefix())?;
@@ -250,6 +296,9 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
         }
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
         ["snapshots", id, "snapshot.json"] => Some(RepositoryObject::Snapshot(id.parse().ok()?)),
+        ["dumps", id, "dump.json"] => Some(RepositoryObject::Dump(id.parse().ok()?, DumpObject::Record)),
+        ["dumps", id, file] => Some(RepositoryObject::Dump(id.parse().ok()?, DumpObject::File(DumpFile::new(file)?))),
+        ["pins", file] => Some(RepositoryObject::Pin(file.strip_suffix(".json")?.parse().ok()?)),
         _ => None,
     }
 }
@@ -319,6 +368,8 @@ mod tests {
         let segment: SegmentName = "0000000A0000000300000042".parse().unwrap();
         let id: BackupId = "20261121T061500Z-full".parse().unwrap();
         let snapshot: SnapshotId = "20261121T061500Z-snapshot".parse().unwrap();
+        let dump: DumpId = "20261121T030000Z".parse().unwrap();
+        let file = |name| DumpObject::File(DumpFile::new(name).unwrap());
         let objects = [
             (RepositoryObject::Cluster, "cluster.json"),
             (RepositoryObject::TimelineOwner(segment.timeline()), "wal/0000000A/owner.json"),
@@ -345,6 +396,10 @@ mod tests {
             (RepositoryObject::Backup(id, BackupObject::Index), "backups/20261121T061500Z-full/index.jsonl.zst"),
             (RepositoryObject::Backup(id, BackupObject::Part(7)), "backups/20261121T061500Z-full/part-00007.tar.zst"),
             (RepositoryObject::Snapshot(snapshot), "snapshots/20261121T061500Z-snapshot/snapshot.json"),
+            (RepositoryObject::Dump(dump, DumpObject::Record), "dumps/20261121T030000Z/dump.json"),
+            (RepositoryObject::Dump(dump, file("globals.sql.zst")), "dumps/20261121T030000Z/globals.sql.zst"),
+            (RepositoryObject::Dump(dump, file("shop.dump")), "dumps/20261121T030000Z/shop.dump"),
+            (RepositoryObject::Pin(id), "pins/20261121T061500Z-full.json"),
         ];
         for (object, path) in objects {
             assert_eq!(layout().key(&object).as_str(), format!("shop/orders/7575002186531184001/{path}"));
@@ -369,6 +424,11 @@ mod tests {
             "backups/20261121T061500Z-snapshot/backup.json",
             "snapshots/20261121T061500Z-full/snapshot.json",
             "snapshots/20261121T061500Z-snapshot/backup.json",
+            "dumps/20261121T030000Z/.dump",
+            "dumps/20261121T030000Z/notes.txt",
+            "dumps/yesterday/dump.json",
+            "pins/20261121T061500Z-full",
+            "pins/latest.json",
         ] {
             assert_eq!(parse(path), None, "{path}");
         }
