@@ -20,6 +20,7 @@ pub mod postgres;
 pub mod progress;
 pub mod repository;
 pub mod restore;
+pub mod retention;
 pub mod settings;
 pub mod snapshot;
 pub mod store;

@@ -7,6 +7,7 @@ mod in_place;
 pub mod output;
 pub mod progress;
 pub mod restore;
+pub mod retention;
 pub mod snapshot;
 pub mod status;
 pub mod wal;
@@ -70,6 +71,8 @@ enum Command {
     /// Restore to a new directory, to any point in time
     #[command(subcommand)]
     Restore(restore::RestoreCommand),
+    /// Remove what the retention doesn't keep: backups, WAL and dumps; needs no daemon
+    Prune(retention::PruneArgs),
     /// Archived WAL: what is there, and whether it is whole
     #[command(subcommand)]
     Wal(wal::WalCommand),
@@ -131,6 +134,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Backup(command) => backup::run(settings, command).await,
         Command::Snapshot(command) => snapshot::run(settings, command).await.map(done),
         Command::Restore(command) => restore::run(settings, command).await.map(done),
+        Command::Prune(args) => retention::run(settings, args).await,
         Command::Wal(command) => wal::run(settings, command).await,
     }
 }

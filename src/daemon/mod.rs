@@ -12,6 +12,7 @@
 
 mod fetching;
 pub mod restores;
+mod retention;
 mod snapshots;
 mod status;
 
@@ -47,6 +48,7 @@ use crate::{
     jobs::{Job, Jobs},
     pgdata::DataDirectory,
     repository::{Repository, Stored},
+    retention::growth::KnownGrowth,
     settings::{ProcessSettings, Settings, WorkSettings},
     snapshot::Snapshots,
     store::{ConditionalCreation, LocalStore, S3Config, S3Store, Store},
@@ -107,6 +109,7 @@ struct Work {
     noted: Mutex<Option<SystemIdentifier>>,
     conditional: Mutex<Option<ConditionalCreation>>,
     recoverable: tokio::sync::Mutex<Option<(Instant, Option<LastBackup>)>>,
+    growth: KnownGrowth,
 }
 
 impl App {
@@ -127,6 +130,7 @@ impl App {
                     noted: Mutex::default(),
                     conditional: Mutex::default(),
                     recoverable: tokio::sync::Mutex::default(),
+                    growth: KnownGrowth::default(),
                 })
             }
         };
@@ -417,7 +421,8 @@ async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
     let ahead =
         app.sources().into_iter().map(|source| lookahead::run(app.archiver.clone(), &*app, source, stop.clone()));
     let known = work.histories.keep(&*app, stop.clone());
-    tokio::join!(futures_util::future::join_all(ahead), received, known, remains::run(&repository));
+    let growth = work.growth.keep(&*app, &work.settings.retention, stop.clone());
+    tokio::join!(futures_util::future::join_all(ahead), received, known, growth, remains::run(&repository));
 }
 
 /// The first signal stops in order, the second at once.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use pgsidecar_core::{BackupId, SystemIdentifier};
+use pgsidecar_core::{BackupId, SystemIdentifier, retention::Growth};
 use serde::Serialize;
 
 use super::{App, Work};
@@ -52,6 +52,8 @@ pub struct Status {
     pub archive: ArchiveStatus,
     /// The newest complete backup; unknown while the store can't be reached.
     pub last_backup: Option<LastBackup>,
+    /// How the repository grows, and what the retention in force holds it at; unknown for a while after the start.
+    pub growth: Option<Growth>,
     /// The job that was started last.
     pub last_job: Option<Snapshot>,
 }
@@ -88,6 +90,7 @@ impl App {
                 statistics: self.archiver.statistics(),
             },
             last_backup: None,
+            growth: None,
             last_job: self.jobs.last().map(|job| job.snapshot()),
         };
         match &self.work {
@@ -105,6 +108,7 @@ impl Work {
     async fn describe(&self, status: &mut Status) {
         status.cluster = Some(self.settings.cluster.to_string());
         status.repository = Some(self.store.description());
+        status.growth = self.growth.get();
         status.conditional_creation = self.conditional.lock().ok().and_then(|known| {
             known.as_ref().map(|known| match known {
                 ConditionalCreation::Honoured => "honoured".to_owned(),

@@ -10,9 +10,9 @@ use pgsidecar::{
         claim::remove_remains,
         listing::Listing,
         pack::{Effort, LastFile, Packer, PageRule, Source},
-        progress::Progress,
     },
     failure::Failure,
+    progress::Progress,
     repository::BackupClaim,
     store::fault::{Fault, Operation},
 };
