@@ -8,6 +8,7 @@
 mod backups;
 mod chains;
 mod restores;
+mod retention;
 mod support;
 mod sweep;
 

@@ -25,12 +25,12 @@ impl Policy {
     }
 }
 
-/// How far back every moment can be restored: from an hour to a hundred years.
+/// How far back every moment can be restored: from a second to a hundred years.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct RecoveryWindow(u64);
 
 impl RecoveryWindow {
-    const SHORTEST: u64 = 3600;
+    const SHORTEST: u64 = 1;
     const LONGEST: u64 = 36_525 * 86_400;
 
     /// The window of this many seconds; `None` outside of its bounds.
@@ -55,6 +55,7 @@ impl FromStr for RecoveryWindow {
     fn from_str(text: &str) -> Result<RecoveryWindow, InvalidValue> {
         let seconds = number_and_unit(text.trim()).and_then(|(number, unit)| {
             number.checked_mul(match unit {
+                "s" => 1,
                 "min" => 60,
                 "h" => 3600,
                 "d" => 86_400,
@@ -63,7 +64,7 @@ impl FromStr for RecoveryWindow {
             })
         });
         let window = seconds.and_then(RecoveryWindow::from_seconds);
-        window.ok_or_else(|| InvalidValue::new(text, "a recovery window from 1h to 36525d, like 14d, 2w or 36h"))
+        window.ok_or_else(|| InvalidValue::new(text, "a recovery window of up to 36525d, like 14d, 2w or 36h"))
     }
 }
 
@@ -72,7 +73,8 @@ impl fmt::Display for RecoveryWindow {
         match self.0 {
             seconds if seconds % 86_400 == 0 => write!(f, "{}d", seconds / 86_400),
             seconds if seconds % 3600 == 0 => write!(f, "{}h", seconds / 3600),
-            seconds => write!(f, "{}min", seconds / 60),
+            seconds if seconds % 60 == 0 => write!(f, "{}min", seconds / 60),
+            seconds => write!(f, "{seconds}s"),
         }
     }
 }
@@ -186,10 +188,12 @@ mod tests {
 
     #[test]
     fn policies_are_written_and_read_in_one_way() {
-        for (text, shown) in [("14d", "14d"), ("2w", "14d"), ("36h", "36h"), ("90min", "90min"), ("400d", "400d")] {
+        for (text, shown) in
+            [("14d", "14d"), ("2w", "14d"), ("36h", "36h"), ("90min", "90min"), ("45s", "45s"), ("400d", "400d")]
+        {
             assert_eq!(text.parse::<RecoveryWindow>().unwrap().to_string(), shown);
         }
-        for text in ["", "0d", "14", "59min", "36526d", "1y", "-1d", "14m", "99999999999999999999d"] {
+        for text in ["", "0d", "14", "0s", "36526d", "1y", "-1d", "14m", "99999999999999999999d"] {
             assert!(text.parse::<RecoveryWindow>().is_err(), "{text:?}");
         }
         let counts: DumpCounts = "weekly=4, daily=7".parse().unwrap();
