@@ -27,6 +27,7 @@ mod prefetch;
 mod promises;
 mod remains;
 mod restore_refusals;
+mod retention;
 #[path = "../support/server.rs"]
 mod server;
 mod shutdown;
