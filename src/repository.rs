@@ -4,6 +4,7 @@
 //! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
 
 mod listing;
+pub mod pins;
 mod snapshots;
 mod stored;
 

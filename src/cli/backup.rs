@@ -27,7 +27,7 @@ use crate::{
     http::control::CreateBackup,
     jobs::{Outcome, Snapshot},
     progress::Phase,
-    retention::pins,
+    repository::pins,
     settings::{Settings, parse_rate},
 };
 

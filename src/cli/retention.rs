@@ -12,7 +12,8 @@ use pgsidecar_core::{
 use super::{OutputArgs, SystemArgs, open_repository, output};
 use crate::{
     failure::{Code, Failure},
-    retention::{self, Pruned, Refused, Removed, pins},
+    repository::pins,
+    retention::{self, Pruned, Refused, Removed},
     settings::Settings,
 };
 

@@ -9,10 +9,8 @@ use super::App;
 use crate::{
     failure::{Code, Failure},
     jobs::Job,
-    retention::{
-        self, growth,
-        pins::{self, Pin},
-    },
+    repository::pins::{self, Pin},
+    retention::{self, growth},
 };
 
 impl App {

@@ -1,4 +1,4 @@
-//! Removing what nothing needs any more, pins, and how the repository grows. What may go is decided by the core's
+//! Removing what nothing needs any more, and how the repository grows. What may go is decided by the core's
 //! `retention`; here it's gathered, removed and told.
 //!
 //! The order of effects, and what an interruption between two of them leaves. Whatever it is, every backup that is listed
@@ -23,7 +23,6 @@
 
 mod gather;
 pub mod growth;
-pub mod pins;
 mod remove;
 
 use std::collections::BTreeSet;

@@ -12,12 +12,11 @@ use serde::Serialize;
 use super::{
     Removed,
     gather::{self, Gathered},
-    pins,
 };
 use crate::{
     backup::complete::missing_objects,
     failure::{Code, Failure},
-    repository::Repository,
+    repository::{Repository, pins},
     store::{ListRequest, MAX_PAGE, Pages, StoreError, StoreErrorKind},
 };
 

@@ -8,6 +8,7 @@ pub mod fetch;
 pub mod lookahead;
 pub mod owner;
 pub mod remains;
+mod set_apart;
 pub mod shutdown;
 pub mod source;
 pub mod spool;

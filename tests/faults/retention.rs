@@ -13,8 +13,8 @@ use jiff::{SignedDuration, Timestamp};
 use pgsidecar::{
     backup::complete::{missing_objects, missing_wal},
     failure::{Code, Failure},
-    repository::{BackupClaim, Repository},
-    retention::{Pruned, delete_backup, pins, prune},
+    repository::{BackupClaim, Repository, pins},
+    retention::{Pruned, delete_backup, prune},
     store::{
         ListRequest, LocalStore, Pages, StoreErrorKind,
         fault::{Fault, FaultPlan, FaultStore, Operation},

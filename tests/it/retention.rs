@@ -89,6 +89,9 @@ fn a_pinned_backup_stays_restorable_and_one_that_is_needed_is_not_deleted_by_nam
     assert_eq!(shown.lines().filter(|line| line.ends_with("pinned")).count(), 1, "{shown}");
     let pruned = sidecar.json(&["prune"]);
     assert_eq!(names(&pruned["removed"]["backups"]), Vec::<String>::new());
+    assert!(pruned["removed"]["wal_files"].as_u64() > Some(2), "{pruned}");
+    sidecar.ok(&["wal", "verify"]);
+    sidecar.ok(&["backup", "verify"]);
     let immediate = ["--backup", &ids[1], "--target-immediate"];
     assert_eq!(words(&restored(&scratch, &sidecar, 17, "pinned", &immediate)), "one");
 

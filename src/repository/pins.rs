@@ -6,9 +6,9 @@ use jiff::Timestamp;
 use pgsidecar_core::{BackupId, layout::RepositoryObject};
 use serde::{Deserialize, Serialize};
 
+use super::Repository;
 use crate::{
     failure::{Code, Failure},
-    repository::Repository,
     store::{ListRequest, Pages, StoreError},
 };
 
