@@ -132,7 +132,8 @@ impl<'a> Removal<'a> {
     }
 
     /// Makes a backup one again of which nothing but the marker is gone. Answers with whether it is: the next backup of its
-    /// pod may have taken it for remains and removed it.
+    /// pod may have taken it for remains and removed it. Its marker is a new one to the store, so that it and what is newer
+    /// count as complete now: for once, more stays than has to.
     async fn put_back(&mut self, record: &BackupRecord) -> Result<bool, Failure> {
         let object = RepositoryObject::Backup(record.id, BackupObject::Record);
         self.repository.store_json(&object, record).await?;

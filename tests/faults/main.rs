@@ -7,6 +7,7 @@
 
 mod backups;
 mod chains;
+mod past;
 mod restores;
 mod retention;
 mod support;

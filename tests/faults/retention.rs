@@ -3,204 +3,34 @@
 
 use std::{
     collections::BTreeSet,
-    fs::File,
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex},
+    time::Duration,
 };
 
-use jiff::{SignedDuration, Timestamp};
+use bytes::Bytes;
+use jiff::Timestamp;
 use pgsidecar::{
     backup::complete::{missing_objects, missing_wal},
-    failure::{Code, Failure},
-    repository::{BackupClaim, Repository, pins},
-    retention::{Pruned, delete_backup, prune},
+    failure::Code,
+    repository::{Repository, pins},
+    retention::{delete_backup, prune},
     store::{
-        ListRequest, LocalStore, Pages, StoreErrorKind,
-        fault::{Fault, FaultPlan, FaultStore, Operation},
+        ByteRange, ConditionalCreation, Creation, Download, ListPage, ListRequest, LocalStore, ObjectInfo,
+        PendingUpload, Store, StoreError, StoreErrorKind, Upload,
+        fault::{Fault, Operation},
     },
 };
 use pgsidecar_core::{
-    ArchiveFileName, BackupId, BackupKind, BackupRecord, DumpId, Layout, Lsn, ObjectKey, SegmentName, Sha256Digest,
-    SystemIdentifier, TimelineId, WalSegmentSize,
-    backup::{BACKUP_FORMAT, DamagedFile, PartRecord, StoredObject},
-    chain::chain,
+    ArchiveFileName, BackupId, BackupKind, DumpId, ObjectKey, SegmentName, Sha256Digest, TimelineId,
+    backup::DamagedFile,
     layout::{BackupObject, DumpFile, DumpObject, RepositoryObject},
     retention::Policy,
 };
 
-use super::FAULTS;
-
-const SYSTEM: SystemIdentifier = SystemIdentifier::new(7_710_543_486_334_591_142);
-const DAYS: i64 = 30;
-
-/// A repository in which things have happened on the last thirty days.
-struct Past {
-    plan: FaultPlan,
-    repository: Repository,
-    now: Timestamp,
-    segments_a_day: u64,
-    directory: tempfile::TempDir,
-}
-
-fn size() -> WalSegmentSize {
-    WalSegmentSize::new(1 << 20).unwrap()
-}
-
-fn policy(window: &str) -> Policy {
-    let dumps = Some("daily=2".parse().unwrap());
-    Policy { window: Some(window.parse().unwrap()), dumps, ..Policy::default() }
-}
-
-impl Past {
-    fn empty(segments_a_day: u64) -> Past {
-        let directory = tempfile::tempdir().unwrap();
-        let plan = FaultPlan::none();
-        let beneath = LocalStore::new(directory.path());
-        let store = Arc::new(FaultStore::new(beneath, plan.clone()));
-        let repository = Repository::new(store, Layout::new("main".parse().unwrap(), SYSTEM), 1);
-        Past { plan, repository, now: Timestamp::now(), segments_a_day, directory }
-    }
-
-    /// Full backups on days 0, 10 and 20, an incremental one on each day after these; a dump every fifth day.
-    async fn new(segments_a_day: u64) -> Past {
-        let past = Past::empty(segments_a_day);
-        past.repository.note_cluster(size()).await.unwrap();
-        for day in 0..DAYS {
-            for at in 0..segments_a_day {
-                let number = past.segment_of(day) + at;
-                let segment = SegmentName::from_number(TimelineId::FIRST, number, size());
-                past.put(&RepositoryObject::Wal(ArchiveFileName::Segment(segment)), day).await;
-            }
-            let parent = (day % 10 == 1).then(|| past.id(day - 1));
-            if day % 10 < 2 {
-                past.back_up(day, parent).await;
-            }
-            if day % 5 == 0 {
-                let id = past.dump(day);
-                past.put(&RepositoryObject::Dump(id, DumpObject::File(DumpFile::new("shop.dump").unwrap())), day).await;
-                past.put(&RepositoryObject::Dump(id, DumpObject::Record), day).await;
-            }
-        }
-        past
-    }
-
-    fn at(&self, day: i64) -> Timestamp {
-        self.now - SignedDuration::from_hours(24 * (DAYS - day))
-    }
-
-    fn id(&self, day: i64) -> BackupId {
-        BackupId::new(self.at(day), if day % 10 == 0 { BackupKind::Full } else { BackupKind::Incremental })
-    }
-
-    fn dump(&self, day: i64) -> DumpId {
-        DumpId::new(self.at(day))
-    }
-
-    fn segment_of(&self, day: i64) -> u64 {
-        1 + u64::try_from(day).unwrap() * self.segments_a_day
-    }
-
-    /// Puts an object there as if it had been stored on that day.
-    async fn put_key(&self, key: &ObjectKey, content: &[u8], day: i64) -> StoredObject {
-        self.repository.store().create(key, content.to_vec().into(), None).await.unwrap();
-        self.stored_on(key, day);
-        StoredObject { size: content.len() as u64, sha256: Sha256Digest::of(content) }
-    }
-
-    async fn put(&self, object: &RepositoryObject, day: i64) -> StoredObject {
-        self.put_key(&self.repository.layout().key(object), b"content", day).await
-    }
-
-    fn path(&self, key: &ObjectKey) -> PathBuf {
-        self.directory.path().join(key.as_str())
-    }
-
-    fn stored_on(&self, key: &ObjectKey, day: i64) {
-        let ago = Duration::from_secs(86_400 * u64::try_from(DAYS - day).unwrap());
-        File::options().write(true).open(self.path(key)).unwrap().set_modified(SystemTime::now() - ago).unwrap();
-    }
-
-    async fn back_up(&self, day: i64, parent: Option<BackupId>) {
-        let id = self.id(day);
-        let object = |object| RepositoryObject::Backup(id, object);
-        let claim = BackupClaim { id, instance: "another pod".into(), attempt: "1".into() };
-        self.repository.store_json(&object(BackupObject::Started), &claim).await.unwrap();
-        self.stored_on(&self.repository.layout().backup(id, BackupObject::Started), day);
-        let start = size().start_of(self.segment_of(day)).bytes();
-        let record = BackupRecord {
-            format: BACKUP_FORMAT,
-            id,
-            parent,
-            system_identifier: SYSTEM,
-            server_version: 170_000,
-            timeline: TimelineId::FIRST,
-            start_lsn: Lsn::new(start + 0x28),
-            stop_lsn: Lsn::new(start + 0x100),
-            started_at: id.began(),
-            stopped_at: id.began(),
-            next_xid_at_stop: 800,
-            from_standby: false,
-            wal_segment_size: size(),
-            block_size: 8192,
-            data_checksums: false,
-            tablespaces: Vec::new(),
-            parts: vec![PartRecord {
-                number: 1,
-                stored: self.put(&object(BackupObject::Part(1)), day).await,
-                files: 1,
-                file_bytes: 7,
-            }],
-            manifest: self.put(&object(BackupObject::Manifest), day).await,
-            index: self.put(&object(BackupObject::Index), day).await,
-            files: 1,
-            restored_bytes: 7,
-            damaged: Vec::new(),
-            warnings: Vec::new(),
-            writer: "a test".to_owned(),
-        };
-        self.store_record(&record, day).await;
-    }
-
-    async fn store_record(&self, record: &BackupRecord, day: i64) {
-        let object = RepositoryObject::Backup(record.id, BackupObject::Record);
-        self.repository.store_json(&object, record).await.unwrap();
-        self.stored_on(&self.repository.layout().key(&object), day);
-    }
-
-    async fn prune(&self, window: &str) -> Result<Pruned, Failure> {
-        prune(&self.repository, &policy(window), Timestamp::now(), false).await
-    }
-
-    /// All keys, foreign ones too.
-    async fn keys(&self) -> BTreeSet<String> {
-        let beneath = LocalStore::new(self.directory.path());
-        let mut keys = BTreeSet::new();
-        let mut pages = Pages::new(&beneath, ListRequest::under(""));
-        while let Some(page) = pages.next().await.unwrap() {
-            keys.extend(page.objects.into_iter().map(|object| object.key.as_str().to_owned()));
-        }
-        keys
-    }
-
-    async fn ids(&self) -> Vec<BackupId> {
-        self.repository.backups().await.unwrap().into_iter().map(|record| record.id).collect()
-    }
-
-    /// Everything that is listed can be restored to its own end.
-    async fn check_all_listed(&self) {
-        let records = self.repository.backups().await.unwrap();
-        for record in &records {
-            chain(record, &records).unwrap();
-            assert_eq!(missing_objects(&self.repository, record).await.unwrap(), []);
-            assert_eq!(missing_wal(&self.repository, record).await.unwrap(), None, "{}", record.id);
-        }
-    }
-
-    fn paths_of(&self, backup: BackupId) -> String {
-        self.repository.layout().backup_prefix(backup)
-    }
-}
+use super::{
+    FAULTS,
+    past::{Past, SYSTEM, policy, size},
+};
 
 #[tokio::test]
 async fn what_the_window_does_not_need_goes_and_the_rest_restores() {
@@ -423,4 +253,109 @@ async fn without_a_policy_nothing_is_removed() {
     let dumps_only = Policy { window: None, ..policy("1d") };
     let pruned = prune(&past.repository, &dumps_only, Timestamp::now(), false).await.unwrap();
     assert_eq!((pruned.removed.dumps.len(), pruned.removed.backups.len(), pruned.removed.wal_files), (4, 0, 0));
+}
+
+/// A store on which something happens at the first deletion of a key.
+#[derive(Debug)]
+struct Meanwhile {
+    beneath: LocalStore,
+    at: ObjectKey,
+    put: Mutex<Vec<(ObjectKey, Vec<u8>)>>,
+}
+
+#[async_trait::async_trait]
+impl Store for Meanwhile {
+    async fn delete(&self, keys: &[ObjectKey]) -> Result<Vec<(ObjectKey, StoreError)>, StoreError> {
+        if keys.contains(&self.at) {
+            let put = std::mem::take(&mut *self.put.lock().unwrap());
+            for (key, content) in put {
+                self.beneath.create(&key, content.into(), None).await?;
+            }
+        }
+        self.beneath.delete(keys).await
+    }
+
+    fn description(&self) -> String {
+        self.beneath.description()
+    }
+
+    async fn create(
+        &self,
+        key: &ObjectKey,
+        bytes: Bytes,
+        sha256: Option<Sha256Digest>,
+    ) -> Result<Creation, StoreError> {
+        self.beneath.create(key, bytes, sha256).await
+    }
+
+    async fn begin(&self, key: &ObjectKey) -> Result<Box<dyn Upload>, StoreError> {
+        self.beneath.begin(key).await
+    }
+
+    async fn head(&self, key: &ObjectKey) -> Result<Option<ObjectInfo>, StoreError> {
+        self.beneath.head(key).await
+    }
+
+    async fn get(&self, key: &ObjectKey, range: ByteRange) -> Result<Option<Download>, StoreError> {
+        self.beneath.get(key, range).await
+    }
+
+    async fn list(&self, request: &ListRequest) -> Result<ListPage, StoreError> {
+        self.beneath.list(request).await
+    }
+
+    async fn pending_uploads(&self, prefix: &str) -> Result<Vec<PendingUpload>, StoreError> {
+        self.beneath.pending_uploads(prefix).await
+    }
+
+    async fn abort_pending(&self, upload: &PendingUpload) -> Result<(), StoreError> {
+        self.beneath.abort_pending(upload).await
+    }
+
+    async fn conditional_creation(&self) -> Result<ConditionalCreation, StoreError> {
+        self.beneath.conditional_creation().await
+    }
+}
+
+#[tokio::test]
+async fn what_is_pinned_or_built_on_while_it_is_removed_is_put_back() {
+    for with_child in [false, true] {
+        let past = Past::new(2).await;
+        let layout = past.repository.layout().clone();
+        let marker = layout.backup(past.id(1), BackupObject::Record);
+        let (key, content) = if with_child {
+            let mut child = past.repository.backup(past.id(21)).await.unwrap().unwrap();
+            child.id = BackupId::new(past.at(22), BackupKind::Incremental);
+            child.parent = Some(past.id(1));
+            (layout.backup(child.id, BackupObject::Record), serde_json::to_vec(&child).unwrap())
+        } else {
+            (layout.key(&RepositoryObject::Pin(past.id(1))), b"{}".to_vec())
+        };
+        let store = Meanwhile { beneath: past.beneath(), at: marker, put: Mutex::new(vec![(key, content)]) };
+        let repository = Repository::new(Arc::new(store), layout, 1);
+        let pruned = prune(&repository, &policy("12d"), Timestamp::now(), false).await;
+        if with_child {
+            // It has no objects here: what is found to be broken then ends the run, with the parents put back.
+            assert_eq!(pruned.unwrap_err().code, Code::Damaged);
+        } else {
+            assert_eq!(pruned.unwrap().removed.backups, []);
+        }
+        for day in [0, 1] {
+            let record = past.repository.backup(past.id(day)).await.unwrap().unwrap();
+            assert_eq!(missing_objects(&past.repository, &record).await.unwrap(), []);
+            assert_eq!(missing_wal(&past.repository, &record).await.unwrap(), None);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_dump_that_was_not_completed_counts_for_nothing_and_old_ones_stay_instead() {
+    let past = Past::new(1).await;
+    let begun = DumpId::new(past.at(29));
+    past.put(&RepositoryObject::Dump(begun, DumpObject::File(DumpFile::new("shop.dump").unwrap())), 29).await;
+    let abandoned = DumpId::new(past.at(12));
+    past.put(&RepositoryObject::Dump(abandoned, DumpObject::File(DumpFile::new("shop.dump").unwrap())), 12).await;
+    let removed = past.prune("12d").await.unwrap().removed.dumps;
+    assert_eq!(removed, [0, 5, 10, 15, 12].map(|day| past.dump(day)), "the last two complete ones stay");
+    assert!(past.keys().await.iter().any(|key| key.contains(&begun.to_string())));
 }
