@@ -3,9 +3,16 @@
 use pgsidecar_core::drill::DrillOutcome;
 use prometheus_client::{
     encoding::text::encode,
-    metrics::{counter::ConstCounter, gauge::ConstGauge, info::Info},
+    metrics::{
+        counter::ConstCounter,
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        info::Info,
+    },
     registry::Registry,
 };
+
+use pgsidecar_core::retention::{Growth, GrowthOf};
 
 use crate::{daemon::Status, failure::Failure};
 
@@ -122,9 +129,33 @@ pub fn render(status: &Status) -> Result<String, Failure> {
             flag(drill.outcome == DrillOutcome::Passed),
         );
     }
+    if let Some(growth) = &status.growth {
+        register_growth(&mut registry, growth);
+    }
     let mut text = String::new();
     encode(&mut text, &registry).map_err(Failure::internal)?;
     Ok(text)
+}
+
+/// How the repository grows, by kind.
+fn register_growth(registry: &mut Registry, growth: &Growth) {
+    type Value = fn(&GrowthOf) -> Option<u64>;
+    let metrics: [(&str, &str, Value); 3] = [
+        ("repository_bytes", "What there is in the repository", |kind| Some(kind.bytes)),
+        ("repository_bytes_per_day", "What came in a day, over the last 30 days", |kind| kind.bytes_per_day),
+        ("repository_levels_off_at_bytes", "At what the retention in force holds it, if it does", |kind| {
+            kind.levels_off_at_bytes
+        }),
+    ];
+    for (name, help, value) in metrics {
+        let family = Family::<Vec<(&str, &str)>, Gauge>::default();
+        for kind in &growth.kinds {
+            if let Some(bytes) = value(kind) {
+                family.get_or_create(&vec![("kind", kind.kind.as_str())]).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+            }
+        }
+        registry.register(name, help, family);
+    }
 }
 
 fn flag(set: bool) -> ConstGauge<i64> {

@@ -6,6 +6,7 @@
 mod drills;
 mod listing;
 mod partly;
+pub mod pins;
 mod restore_points;
 mod snapshots;
 mod stored;

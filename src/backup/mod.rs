@@ -12,7 +12,8 @@
 //! 6. The last part: `backup_label`, `tablespace_map`, `pg_control`, `PG_VERSION`. Then the lists.
 //! 7. The WAL from start to stop must be in the repository. PostgreSQL archives it meanwhile; we look, with a deadline.
 //! 8. Every part is looked up once more: what is listed must be there.
-//! 9. `backup.json`, the commit marker. From here on it's a backup.
+//! 9. `backup.json`, the commit marker. From here on it's a backup. What it builds on is looked up once more then: if it
+//!    was removed at that very moment, the marker goes again.
 
 pub mod claim;
 pub mod complete;
@@ -294,7 +295,19 @@ impl Taking<'_> {
         check_chain(repository, &record).await?;
         // From here on nothing may be removed: that the record was stored can't be ruled out any more.
         progress.committing.store(true, Relaxed);
-        repository.store_json(&RepositoryObject::Backup(id, BackupObject::Record), &record).await?;
+        let marker = RepositoryObject::Backup(id, BackupObject::Record);
+        repository.store_json(&marker, &record).await?;
+        // Who removes a backup takes its marker away and then looks for ones that build on it; here it's the other way
+        // round. Of two that pass each other, at least one sees the other.
+        if let Err(failure) = check_chain(repository, &record).await
+            && failure.code == Code::Damaged
+        {
+            let key = repository.layout().key(&marker);
+            if let Some((_, error)) = repository.store().delete(std::slice::from_ref(&key)).await?.into_iter().next() {
+                tracing::error!(backup = %id, %error, "a backup that can't be restored stays listed");
+            }
+            return Err(failure);
+        }
         Ok(record)
     }
 }

@@ -1,6 +1,7 @@
-//! `pgsidecar backup create|list|show`
+//! `pgsidecar backup create|list|show|verify`, and the way to what changes which backups stay
 
 use std::{
+    collections::BTreeSet,
     process::ExitCode,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
@@ -13,7 +14,11 @@ use pgsidecar_core::{
     chain::{BackupType, Choice},
 };
 
-use super::{OutputArgs, SystemArgs, open_repository, output, progress::Shown};
+use super::{
+    OutputArgs, SystemArgs, open_repository, output,
+    progress::Shown,
+    retention::{self, DeleteArgs, PinArgs, UnpinArgs},
+};
 use crate::{
     backup::verify::{Verification, VerifyProgress, verify},
     client::Client,
@@ -22,6 +27,7 @@ use crate::{
     http::control::CreateBackup,
     jobs::{Outcome, Snapshot},
     progress::Phase,
+    repository::pins,
     settings::{Settings, parse_rate},
 };
 
@@ -36,6 +42,12 @@ pub enum BackupCommand {
     Show(ShowArgs),
     /// Check that backups can be restored; ends with 65 if something is missing or damaged
     Verify(VerifyArgs),
+    /// Keep a backup whatever the retention says
+    Pin(PinArgs),
+    /// Keep a backup no longer than the retention says
+    Unpin(UnpinArgs),
+    /// Delete a backup now
+    Delete(DeleteArgs),
 }
 
 /// `backup create`
@@ -105,9 +117,16 @@ pub async fn run(settings: &Settings, command: BackupCommand) -> Result<ExitCode
         BackupCommand::Verify(args) => return run_verify(settings, args).await,
         BackupCommand::Create(args) => create(settings, args).await,
         BackupCommand::List(args) => {
-            let backups = open_repository(settings.work()?, &args.system).await?.backups().await?;
-            if args.output.json { output::print_json(&backups) } else { print_list(&backups) }
+            let repository = open_repository(settings.work()?, &args.system).await?;
+            let backups = repository.backups().await?;
+            match args.output.json {
+                true => output::print_json(&backups),
+                false => print_list(&backups, &pins::list(&repository).await?),
+            }
         }
+        BackupCommand::Pin(args) => retention::pin(settings, args).await,
+        BackupCommand::Unpin(args) => retention::unpin(settings, args).await,
+        BackupCommand::Delete(args) => retention::delete(settings, args).await,
         BackupCommand::Show(args) => {
             let backup = open_repository(settings.work()?, &args.system).await?.backup(args.id).await?;
             let backup = backup.ok_or_else(|| {
@@ -216,12 +235,12 @@ fn show(shown: &mut Shown, job: &Snapshot) {
     }
 }
 
-fn print_list(backups: &[BackupRecord]) -> Result<(), Failure> {
+fn print_list(backups: &[BackupRecord], pins: &BTreeSet<BackupId>) -> Result<(), Failure> {
     if backups.is_empty() {
         eprintln!("no backups yet; 'pgsidecar backup create' takes one");
         return Ok(());
     }
-    let rows: Vec<[String; 6]> = backups
+    let rows: Vec<[String; 7]> = backups
         .iter()
         .map(|backup| {
             [
@@ -231,10 +250,11 @@ fn print_list(backups: &[BackupRecord]) -> Result<(), Failure> {
                 backup.stop_lsn.to_string(),
                 output::size(backup.restored_size()),
                 output::size(backup.stored_bytes()),
+                if pins.contains(&backup.id) { "pinned".to_owned() } else { String::new() },
             ]
         })
         .collect();
-    output::print_table(["BACKUP", "COMPLETE", "TIMELINE", "LSN", "DATABASE", "STORED"], &rows)
+    output::print_table(["BACKUP", "COMPLETE", "TIMELINE", "LSN", "DATABASE", "STORED", ""], &rows)
 }
 
 fn print_backup(backup: &BackupRecord) -> Result<(), Failure> {

@@ -384,7 +384,7 @@ GRANT EXECUTE ON FUNCTION pg_switch_wal(), pg_create_restore_point(text) TO pgsi
     { \"Effect\": \"Allow\",
       \"Action\": [\"s3:GetObject\", \"s3:PutObject\", \"s3:AbortMultipartUpload\", \"s3:ListMultipartUploadParts\"],
       \"Resource\": \"arn:aws:s3:::BUCKET/PREFIX/*\" },
-    { \"Effect\": \"Allow\",                                                      -- optional: remains of interrupted backups
+    { \"Effect\": \"Allow\",                                                      -- optional: remains of interrupted backups; 'prune'
       \"Action\": [\"s3:DeleteObject\"],
       \"Resource\": \"arn:aws:s3:::BUCKET/PREFIX/*\" }
   ]

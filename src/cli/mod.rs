@@ -12,6 +12,7 @@ pub mod prepare;
 pub mod progress;
 pub mod restore;
 pub mod restore_point;
+pub mod retention;
 pub mod side;
 pub mod snapshot;
 pub mod status;
@@ -86,6 +87,8 @@ enum Command {
     /// Named points in time that a restore can end at
     #[command(subcommand)]
     RestorePoint(restore_point::RestorePointCommand),
+    /// Remove what the retention doesn't keep: backups, WAL and dumps; needs no daemon
+    Prune(retention::PruneArgs),
     /// Archived WAL: what is there, and whether it is whole
     #[command(subcommand)]
     Wal(wal::WalCommand),
@@ -157,6 +160,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Extract(args) => extract::run(settings, args).await,
         Command::Drill(command) => drill::run(settings, command).await,
         Command::RestorePoint(command) => restore_point::run(settings, command).await.map(done),
+        Command::Prune(args) => retention::run(settings, args).await,
         Command::Wal(command) => wal::run(settings, command).await,
     }
 }

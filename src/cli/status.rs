@@ -72,10 +72,35 @@ pub async fn run(settings: &Settings, args: OutputArgs) -> Result<(), Failure> {
             "Kept            {kept} earlier databases ('pgsidecar restore clean' removes them)"
         ))?;
     }
+    print_growth(&status["growth"])?;
     for problem in status["problems"].as_array().into_iter().flatten() {
         output::print_line(&format!("Problem         {}", problem["message"].as_str().unwrap_or_default()))?;
         if let Some(hint) = problem["hint"].as_str().filter(|hint| !hint.is_empty()) {
             output::print_line(&format!("                HINT: {hint}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// How the repository grows, a line for each kind that there is.
+fn print_growth(growth: &Value) -> Result<(), Failure> {
+    let bytes = |of: &Value, name: &str| of[name].as_u64().map(output::size);
+    let line = |name: &str, of: &Value| {
+        let size = bytes(of, "bytes").unwrap_or_default();
+        let rate = bytes(of, "bytes_per_day").map_or_else(String::new, |rate| format!(", {rate} a day"));
+        let level = match bytes(of, "levels_off_at_bytes") {
+            Some(level) => format!(", levels off at about {level}"),
+            None => String::new(),
+        };
+        output::print_line(&format!("{name:<15} {size}{rate}{level}"))
+    };
+    if growth.is_null() {
+        return Ok(());
+    }
+    line("Stored", growth)?;
+    for kind in growth["kinds"].as_array().into_iter().flatten() {
+        if kind["objects"].as_u64() > Some(0) {
+            line(&format!("  {}", kind["kind"].as_str().unwrap_or_default()), kind)?;
         }
     }
     Ok(())

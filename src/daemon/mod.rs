@@ -14,6 +14,7 @@ mod cloning;
 mod fetching;
 mod restore_points;
 pub mod restores;
+mod retention;
 mod snapshots;
 mod status;
 
@@ -49,6 +50,7 @@ use crate::{
     jobs::{Job, Jobs},
     pgdata::DataDirectory,
     repository::{Repository, Stored},
+    retention::growth::KnownGrowth,
     settings::{ProcessSettings, Settings, WorkSettings},
     snapshot::Snapshots,
     store::{ConditionalCreation, LocalStore, ReadOnlyStore, S3Config, S3Store, Store},
@@ -122,6 +124,7 @@ struct Work {
     conditional: Mutex<Option<ConditionalCreation>>,
     recoverable: tokio::sync::Mutex<Option<(Instant, Option<LastBackup>)>>,
     drilled: tokio::sync::Mutex<Option<(Instant, Option<LastDrill>)>>,
+    growth: KnownGrowth,
 }
 
 impl App {
@@ -144,6 +147,7 @@ impl App {
                     conditional: Mutex::default(),
                     recoverable: tokio::sync::Mutex::default(),
                     drilled: tokio::sync::Mutex::default(),
+                    growth: KnownGrowth::default(),
                 })
             }
         };
@@ -434,7 +438,8 @@ async fn start_work(app: Arc<App>, stop: watch::Receiver<bool>) {
     let ahead =
         app.sources().into_iter().map(|source| lookahead::run(app.archiver.clone(), &*app, source, stop.clone()));
     let known = work.histories.keep(&*app, stop.clone());
-    tokio::join!(futures_util::future::join_all(ahead), received, known, remains::run(&repository));
+    let growth = work.growth.keep(&*app, &work.settings.retention, stop.clone());
+    tokio::join!(futures_util::future::join_all(ahead), received, known, growth, remains::run(&repository));
 }
 
 /// The first signal stops in order, the second at once.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use pgsidecar_core::{BackupId, DrillId, SystemIdentifier, drill::DrillOutcome};
+use pgsidecar_core::{BackupId, DrillId, SystemIdentifier, drill::DrillOutcome, retention::Growth};
 use serde::Serialize;
 
 use super::{App, Work};
@@ -77,6 +77,8 @@ pub struct Status {
     pub restores: Option<RestoresStatus>,
     /// The last drill of the last 400 days that was recorded; unknown while the store can't be reached.
     pub last_drill: Option<LastDrill>,
+    /// How the repository grows, and what the retention in force holds it at; unknown for a while after the start.
+    pub growth: Option<Growth>,
     /// The job that was started last.
     pub last_job: Option<Snapshot>,
 }
@@ -124,6 +126,7 @@ impl App {
             last_backup: None,
             restores: None,
             last_drill: None,
+            growth: None,
             last_job: self.jobs.last().map(|job| job.snapshot()),
         };
         match &self.work {
@@ -141,6 +144,7 @@ impl Work {
     async fn describe(&self, status: &mut Status) {
         status.cluster = Some(self.settings.cluster.to_string());
         status.repository = Some(self.store.description());
+        status.growth = self.growth.get();
         status.conditional_creation = self.conditional.lock().ok().and_then(|known| {
             known.as_ref().map(|known| match known {
                 ConditionalCreation::Honoured => "honoured".to_owned(),

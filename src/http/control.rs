@@ -12,6 +12,9 @@
 //! DELETE /v1/restores/kept       removes what is kept
 //! GET  /v1/jobs/{id}             a job
 //! GET  /v1/jobs/{id}/events      the job twice a second until it has ended, a JSON object a line
+//! POST /v1/prune                 {"dry_run": …}: removes what the retention doesn't keep; 202 with the job
+//! POST /v1/backups/{id}/pin      {"reason": …}: keeps the backup
+//! DELETE /v1/backups/{id}/pin    keeps it no longer than the others
 //! POST /v1/snapshots             {"label": …, "fast": …, "timeout_seconds": …}: begins a storage snapshot
 //! POST /v1/snapshots/{id}/end    ends it; the record, once it's complete
 //! DELETE /v1/snapshots/{id}      gives it up
@@ -80,6 +83,22 @@ pub struct CreateRestorePoint {
     pub shipping: Shipping,
 }
 
+/// The body of `POST /v1/prune`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PruneRequest {
+    /// Whether nothing is removed.
+    pub dry_run: bool,
+}
+
+/// The body of `POST /v1/backups/{id}/pin`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PinBackup {
+    /// Why, for people.
+    pub reason: String,
+}
+
 /// Answers one request.
 ///
 /// # Errors
@@ -107,6 +126,20 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
                 Err(_) => None,
             };
             Ok(json(StatusCode::OK, &backup.ok_or_else(|| not_found(&format!("backup {id}")))?))
+        }
+        (&Method::POST, ["v1", "prune"]) => {
+            let PruneRequest { dry_run } = read(request).await?;
+            Ok(json(StatusCode::ACCEPTED, &app.start_prune(dry_run)?.snapshot()))
+        }
+        (&Method::POST, ["v1", "backups", id, "pin"]) => {
+            let id = id.parse().map_err(|_| not_found(&format!("backup {id}")))?;
+            let PinBackup { reason } = read(request).await?;
+            Ok(json(StatusCode::OK, &app.pin(id, &reason).await?))
+        }
+        (&Method::DELETE, ["v1", "backups", id, "pin"]) => {
+            let id = id.parse().map_err(|_| not_found(&format!("backup {id}")))?;
+            app.unpin(id).await?;
+            Ok(json(StatusCode::OK, &serde_json::json!({ "backup": id })))
         }
         (&Method::POST, ["v1", "snapshots"]) => {
             let BeginSnapshot { label, fast, timeout_seconds } = read(request).await?;

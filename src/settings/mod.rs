@@ -16,7 +16,10 @@ use std::{
     time::Duration,
 };
 
-use pgsidecar_core::settings::{CloneSource, ClusterName, RepositoryUrl, parse_bytes, parse_duration};
+use pgsidecar_core::{
+    retention::{Policy, Redundancy},
+    settings::{CloneSource, ClusterName, RepositoryUrl, parse_bytes, parse_duration},
+};
 
 pub use pod::PodEnvironment;
 pub use prepare::{PrepareSettings, RawPrepare, StartSettings};
@@ -92,6 +95,8 @@ pub struct WorkSettings {
     pub snapshot_timeout: Duration,
     /// How long a backup waits for its last WAL.
     pub backup_wal_timeout: Duration,
+    /// What `prune` keeps.
+    pub retention: Policy,
     /// Where WAL lies on its way to PostgreSQL, if not in pg_wal.
     pub spool: Option<PathBuf>,
     /// `pgsidecar-wal` as PostgreSQL sees it.
@@ -444,6 +449,19 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             Duration::from_secs(600),
             parse_snapshot_timeout,
         ),
+        retention: Policy {
+            window: resolver.value("PGSIDECAR_RETENTION_WINDOW", raw.retention_window.as_ref(), None, |text| {
+                text.parse().map(Some)
+            }),
+            redundancy: resolver.value(
+                "PGSIDECAR_RETENTION_REDUNDANCY",
+                raw.retention_redundancy.as_ref(),
+                Redundancy::default(),
+                str::parse,
+            ),
+            dumps: resolver
+                .value("PGSIDECAR_RETENTION_DUMPS", raw.retention_dumps.as_ref(), None, |text| text.parse().map(Some)),
+        },
         spool: resolver.value("PGSIDECAR_SPOOL", raw.spool.as_ref(), None, |text| absolute(text).map(Some)),
         helper: resolver.value("PGSIDECAR_HELPER", raw.helper.as_ref(), default_helper(), absolute),
         pg_bindir: resolver.value("PG_BINDIR", raw.pg_bindir.as_ref(), None, |text| absolute(text).map(Some)),

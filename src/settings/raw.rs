@@ -166,6 +166,36 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub backup_wal_timeout: Option<String>,
+    /// Every moment of this time can be restored; backups and WAL that it doesn't need go when 'pgsidecar prune' runs, like 14d [default: all stay]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_RETENTION_WINDOW",
+        value_name = "TIME",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub retention_window: Option<String>,
+    /// How many full backups that can be restored stay at least, with the WAL from there on, 1 to 1000 [default: 1]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_RETENTION_REDUNDANCY",
+        value_name = "N",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub retention_redundancy: Option<String>,
+    /// Which dumps stay: the last ones, and the newest of so many days, weeks, months and years, like last=3,daily=7,weekly=4,monthly=12,yearly=1 [default: all stay]
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_RETENTION_DUMPS",
+        value_name = "COUNTS",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub retention_dumps: Option<String>,
     /// How long a storage snapshot may take from begin to end, 1s to 1h [default: 10min]
     #[arg(
         long,

@@ -9,6 +9,7 @@ pub mod get;
 pub mod lookahead;
 pub mod owner;
 pub mod remains;
+mod set_apart;
 pub mod shutdown;
 pub mod source;
 pub mod spool;

@@ -22,7 +22,7 @@ use pgsidecar_core::{
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use super::arriving::Arriving;
+use super::{arriving::Arriving, set_apart::set_apart};
 use crate::{
     failure::{Code, Failure},
     repository::{ClusterRecord, Repository},
@@ -124,7 +124,8 @@ pub async fn verify(
     let cluster = repository.known_cluster().await?;
     let size = cluster.wal_segment_size;
     let timelines = repository.timelines().await?;
-    let (catalog, damaged_histories) = catalog(repository, &timelines).await?;
+    let (mut catalog, damaged_histories) = catalog(repository, &timelines).await?;
+    set_apart(repository, &mut catalog).await?;
     let unknown = |only: &TimelineId| !timelines.contains(only) && !catalog.backups.iter().any(|b| b.timeline == *only);
     if let Some(timeline) = options.timeline.filter(unknown) {
         return Err(Failure::new(Code::NotFound, format!("the repository holds nothing of timeline {timeline}"))

@@ -7,7 +7,9 @@
 
 mod backups;
 mod chains;
+mod past;
 mod restores;
+mod retention;
 mod support;
 mod sweep;
 

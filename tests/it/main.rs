@@ -32,6 +32,7 @@ mod promised_ends;
 mod promises;
 mod remains;
 mod restore_refusals;
+mod retention;
 #[path = "../support/server.rs"]
 mod server;
 mod shutdown;

@@ -183,6 +183,12 @@ impl ArchivedWal {
         }
     }
 
+    /// Whether all segments with the numbers from `first` to `last` are there. Behind more gaps than are remembered it
+    /// isn't known, and not said.
+    pub(crate) fn holds(&self, first: u64, last: u64) -> bool {
+        self.ranges.iter().any(|range| range.0 <= first && last <= range.1)
+    }
+
     /// The timeline.
     pub fn timeline(&self) -> TimelineId {
         self.timeline

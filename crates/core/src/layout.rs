@@ -17,11 +17,14 @@
 //!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
 //!   drills/<id>.json                    how a restore went that was tried out
 //!   restore-points/<timeline>-<lsn>.json where a named restore point ends, 16 digits; the name is in the record
+//!   dumps/<id>/globals.sql.zst, <database>.dump
+//!   dumps/<id>/dump.json                the commit marker of a dump, written last
+//!   pins/<backup id>.json               somebody wants to keep the backup
 //! ```
 
 use crate::{
-    ArchiveFileName, BackupId, ClusterName, DrillId, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
-    SystemIdentifier, TimelineId, prepare::RequestId,
+    ArchiveFileName, BackupId, ClusterName, DrillId, DumpId, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
+    SystemIdentifier, TimelineId, key::is_component, prepare::RequestId,
 };
 
 /// How many hexadecimal digits of the content's hash the keys of a `.partial` and of a tail carry.
@@ -55,6 +58,10 @@ pub enum RepositoryObject {
     Drill(DrillId),
     /// The record of the restore point that ends here. A name can be used again: it is no key.
     RestorePoint(TimelineId, Lsn),
+    /// An object of a dump.
+    Dump(DumpId, DumpObject),
+    /// The wish to keep a backup.
+    Pin(BackupId),
 }
 
 /// The objects of a base backup.
@@ -70,6 +77,27 @@ pub enum BackupObject {
     Index,
     /// A tar archive, by its number from 1 on.
     Part(u32),
+}
+
+/// The objects of a dump.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DumpObject {
+    /// `dump.json`: the commit marker.
+    Record,
+    /// A file of it.
+    File(DumpFile),
+}
+
+/// The name of a dump's file: `….dump`, or `….sql.zst`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct DumpFile(String);
+
+impl DumpFile {
+    /// The file of this name; `None` if a dump has none that is called so.
+    pub fn new(name: &str) -> Option<DumpFile> {
+        let stem = name.strip_suffix(".dump").or_else(|| name.strip_suffix(".sql.zst"))?;
+        (!stem.is_empty() && is_component(name)).then(|| DumpFile(name.to_owned()))
+    }
 }
 
 /// Keys are made of parts that are valid in keys: names in hexadecimal, ids, fixed words.
@@ -144,6 +172,9 @@ impl Layout {
             RepositoryObject::RestorePoint(timeline, lsn) => {
                 format!("restore-points/{}-{:016X}.json", timeline.to_hex(), lsn.bytes())
             }
+            RepositoryObject::Dump(id, DumpObject::Record) => format!("dumps/{id}/dump.json"),
+            RepositoryObject::Dump(id, DumpObject::File(file)) => format!("dumps/{id}/{}", file.0),
+            RepositoryObject::Pin(id) => format!("pins/{id}.json"),
         };
         key(self.prefix() + &path)
     }
@@ -241,6 +272,21 @@ impl Layout {
         format!("{}restore-points/", self.prefix())
     }
 
+    /// What the keys of all dumps begin with.
+    pub fn dumps_prefix(&self) -> String {
+        format!("{}dumps/", self.prefix())
+    }
+
+    /// What the keys of one dump begin with.
+    pub fn dump_prefix(&self, id: DumpId) -> String {
+        format!("{}{id}/", self.dumps_prefix())
+    }
+
+    /// What the keys of all pins begin with.
+    pub fn pins_prefix(&self) -> String {
+        format!("{}pins/", self.prefix())
+    }
+
     /// What this key names; `None` for whatever isn't ours.
     pub fn parse(&self, key: &ObjectKey) -> Option<RepositoryObject> {
         let path = key.as_str().strip_prefix(&self.prefix())?;
@@ -287,6 +333,9 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
             let lsn = u64::from_str_radix(lsn, 16).ok()?;
             Some(RepositoryObject::RestorePoint(TimelineId::from_hex(timeline)?, Lsn::new(lsn)))
         }
+        ["dumps", id, "dump.json"] => Some(RepositoryObject::Dump(id.parse().ok()?, DumpObject::Record)),
+        ["dumps", id, file] => Some(RepositoryObject::Dump(id.parse().ok()?, DumpObject::File(DumpFile::new(file)?))),
+        ["pins", file] => Some(RepositoryObject::Pin(file.strip_suffix(".json")?.parse().ok()?)),
         _ => None,
     }
 }
@@ -356,6 +405,8 @@ mod tests {
         let segment: SegmentName = "0000000A0000000300000042".parse().unwrap();
         let id: BackupId = "20261121T061500Z-full".parse().unwrap();
         let snapshot: SnapshotId = "20261121T061500Z-snapshot".parse().unwrap();
+        let dump: DumpId = "20261121T030000Z".parse().unwrap();
+        let file = |name| DumpObject::File(DumpFile::new(name).unwrap());
         let objects = [
             (RepositoryObject::Cluster, "cluster.json"),
             (RepositoryObject::TimelineOwner(segment.timeline()), "wal/0000000A/owner.json"),
@@ -387,6 +438,10 @@ mod tests {
                 RepositoryObject::RestorePoint(segment.timeline(), "3/42000128".parse().unwrap()),
                 "restore-points/0000000A-0000000342000128.json",
             ),
+            (RepositoryObject::Dump(dump, DumpObject::Record), "dumps/20261121T030000Z/dump.json"),
+            (RepositoryObject::Dump(dump, file("globals.sql.zst")), "dumps/20261121T030000Z/globals.sql.zst"),
+            (RepositoryObject::Dump(dump, file("shop.dump")), "dumps/20261121T030000Z/shop.dump"),
+            (RepositoryObject::Pin(id), "pins/20261121T061500Z-full.json"),
         ];
         for (object, path) in objects {
             assert_eq!(layout().key(&object).as_str(), format!("shop/orders/7575002186531184001/{path}"));
@@ -428,6 +483,11 @@ mod tests {
             "restore-points/0000000A-0000000342000aaa.json",
             "restore-points/00000000-0000000342000128.json",
             "restore-points/before.json",
+            "dumps/20261121T030000Z/.dump",
+            "dumps/20261121T030000Z/notes.txt",
+            "dumps/yesterday/dump.json",
+            "pins/20261121T061500Z-full",
+            "pins/latest.json",
         ] {
             assert_eq!(parse(path), None, "{path}");
         }

@@ -21,7 +21,7 @@ pub struct InvalidValue {
 }
 
 impl InvalidValue {
-    fn new(text: &str, expected: &'static str) -> InvalidValue {
+    pub(crate) fn new(text: &str, expected: &'static str) -> InvalidValue {
         InvalidValue { text: text.chars().take(80).collect(), expected }
     }
 }
@@ -161,7 +161,7 @@ impl fmt::Display for CloneSource {
 }
 
 /// Splits `text` after its leading digits; `None` if there are none or they overflow.
-fn number_and_unit(text: &str) -> Option<(u64, &str)> {
+pub(crate) fn number_and_unit(text: &str) -> Option<(u64, &str)> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     Some((number.parse().ok()?, unit.trim_start()))

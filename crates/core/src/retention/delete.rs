@@ -1,0 +1,85 @@
+//! Whether a backup may be deleted that somebody names.
+
+use std::collections::BTreeSet;
+
+use super::Inventory;
+use crate::{BackupId, BackupRecord};
+
+/// Why a backup isn't deleted.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum DeleteRefusal {
+    /// It isn't there.
+    #[error("there is no backup {0}")]
+    NoSuchBackup(BackupId),
+    /// Others would be lost with it.
+    #[error("{} builds on backup {backup}", list(.dependents))]
+    BuiltOn {
+        /// The backup.
+        backup: BackupId,
+        /// What builds on it, directly or not.
+        dependents: Vec<BackupId>,
+    },
+    /// Somebody wants to keep it.
+    #[error("backup {0} is pinned")]
+    Pinned(BackupId),
+    /// Nothing could be restored any more.
+    #[error("no other backup can be restored")]
+    LastOne,
+}
+
+impl DeleteRefusal {
+    /// What to do about it.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            DeleteRefusal::NoSuchBackup(_) => "'pgsidecar backup list' shows them.",
+            DeleteRefusal::BuiltOn { .. } => "With --cascade they go as well.",
+            DeleteRefusal::Pinned(_) => "'pgsidecar backup unpin' takes the pin away.",
+            DeleteRefusal::LastOne => "Take another one first; with --force it goes all the same.",
+        }
+    }
+}
+
+fn list(ids: &[BackupId]) -> String {
+    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// The backups that go if this one is to go, those that build on others first.
+///
+/// # Errors
+/// [`DeleteRefusal`] if others build on it and don't go along (`cascade`), if one of them is pinned, or, without `force`,
+/// if none would be left that can be restored although one can be now.
+pub fn may_delete(
+    inventory: &Inventory,
+    backup: BackupId,
+    cascade: bool,
+    force: bool,
+) -> Result<Vec<BackupId>, DeleteRefusal> {
+    let records: &[BackupRecord] = &inventory.backups;
+    if !records.iter().any(|record| record.id == backup) {
+        return Err(DeleteRefusal::NoSuchBackup(backup));
+    }
+    let mut going = BTreeSet::from([backup]);
+    // Each round finds those that build on what the one before found.
+    loop {
+        let more = records.iter().filter(|record| record.parent.is_some_and(|parent| going.contains(&parent)));
+        let more: Vec<BackupId> = more.map(|record| record.id).filter(|id| !going.contains(id)).collect();
+        if more.is_empty() {
+            break;
+        }
+        going.extend(more);
+    }
+    if let Some(pinned) = going.iter().find(|id| inventory.pins.contains(id)) {
+        return Err(DeleteRefusal::Pinned(*pinned));
+    }
+    if going.len() > 1 && !cascade {
+        let dependents = going.into_iter().filter(|id| *id != backup).collect();
+        return Err(DeleteRefusal::BuiltOn { backup, dependents });
+    }
+    let restorable = |record: &&BackupRecord| inventory.backup_start(record).restorable;
+    let (gone, left): (Vec<_>, Vec<_>) =
+        records.iter().filter(restorable).partition(|record| going.contains(&record.id));
+    if !force && left.is_empty() && !gone.is_empty() {
+        return Err(DeleteRefusal::LastOne);
+    }
+    Ok(going.into_iter().rev().collect())
+}
