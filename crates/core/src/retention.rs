@@ -17,8 +17,8 @@
 //! - **What is pinned stays**, with what it builds on and the WAL to its own end. WAL that leads on from there goes.
 //! - **A backup that is broken** never stands in for one that isn't, and goes when its time has come like any other.
 //!
-//! Which of two backups is the later one on a way is told by the WAL. When one was complete is told by three clocks, of
-//! which the latest counts: the server's, the store's, and that of the backups before it.
+//! Which of two backups is the later one on a way is told by the WAL. When one was complete is told by two clocks, of
+//! which the later counts: the server's, and the store's.
 
 mod delete;
 mod dumps;
@@ -154,7 +154,7 @@ struct Start {
     timeline: TimelineId,
     start: Lsn,
     stop: Lsn,
-    /// When it was complete, by the latest of the clocks.
+    /// When it was complete, by the later of the clocks.
     complete: Timestamp,
     /// Whether all of it is there, with the WAL to its end.
     restorable: bool,
@@ -298,24 +298,15 @@ impl Way<'_> {
     fn keep_of(&self, starts: &[Start], history: &TimelineHistory) -> KeptOnWay {
         let mut on: Vec<&Start> = starts.iter().filter(|start| history.contains(start.timeline, start.stop)).collect();
         on.sort_by_key(|start| (start.stop, start.name));
-        // Clocks go wrong, the WAL doesn't: none was complete before one that ends before it.
-        let mut latest = Timestamp::MIN;
-        let on: Vec<(&Start, Timestamp)> = on
-            .into_iter()
-            .map(|start| {
-                latest = latest.max(start.complete);
-                (start, latest)
-            })
-            .collect();
-        let any_restorable = on.iter().any(|(start, _)| start.restorable);
-        let before = |(start, complete): &&(&Start, Timestamp)| start.restorable && *complete <= self.begin;
-        let first = on.iter().rev().find(before).map(|(start, _)| start.name);
-        let fulls = on.iter().rev().filter(|(start, _)| start.full && start.restorable);
-        let fulls: BTreeSet<Name> = fulls.take(self.policy.redundancy.count()).map(|(start, _)| start.name).collect();
+        let any_restorable = on.iter().any(|start| start.restorable);
+        let before = |start: &&&Start| start.restorable && start.complete <= self.begin;
+        let first = on.iter().rev().find(before).map(|start| start.name);
+        let fulls = on.iter().rev().filter(|start| start.full && start.restorable);
+        let fulls: BTreeSet<Name> = fulls.take(self.policy.redundancy.count()).map(|start| start.name).collect();
         let mut kept = Vec::new();
-        for (start, complete) in &on {
+        for start in &on {
             let said = [
-                (*complete > self.begin, Reason::Window),
+                (start.complete > self.begin, Reason::Window),
                 (first == Some(start.name), Reason::WindowBegin),
                 (fulls.contains(&start.name), Reason::Redundancy),
                 (!any_restorable, Reason::NothingBetter),

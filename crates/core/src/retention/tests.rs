@@ -25,8 +25,14 @@ proptest! {
 
     #[test]
     fn nothing_needed_goes_and_what_is_not_needed_does(
-        events in proptest::collection::vec(event(), 1..45), hours in 1..400u64, redundancy in 1..4u32, ahead in 0..100i64,
+        events in proptest::collection::vec(event(), 1..45), hours in 1..60u64, redundancy in 1..4u32, ahead in 0..100i64,
+        last in proptest::option::weighted(0.9, (0..8usize, 0..20u64)),
     ) {
+        // Mostly, the newest backup is a good one: otherwise nothing goes.
+        let good = last.map(|(server, segments)| [
+            Event::Backup { server, kind: 0, segments: 0, clock_behind: 0 }, Event::Write { server, segments },
+        ]);
+        let events: Vec<Event> = events.into_iter().chain(good.into_iter().flatten()).collect();
         let (before, now) = World::simulate(&events);
         let policy = policy(hours, redundancy);
         let now = at(now + ahead * HOUR);
@@ -317,4 +323,16 @@ fn snapshots_count_for_themselves_and_take_their_wal_along() {
     inventory.wal = holed.inventory().wal;
     let planned = plan(&inventory, &policy(5, 1), at(now)).unwrap();
     assert_eq!(planned.snapshots_to_remove(), [taken(10).id, taken(150).id]);
+}
+
+#[test]
+fn a_backup_whose_server_s_clock_was_behind_is_no_older_for_that() {
+    let backup = |clock_behind| Event::Backup { server: 0, kind: 0, segments: 0, clock_behind };
+    let write = Event::Write { server: 0, segments: 20 };
+    let (world, now) = World::simulate(&[backup(0), write.clone(), backup(300), write]);
+    // The window begins between the two, whatever the second one's clock said: only the first leads there.
+    let planned = plan(&world.inventory(), &policy(5, 1), at(now)).unwrap();
+    assert_eq!(planned.backups_to_remove(), []);
+    let planned = plan(&world.inventory(), &policy(2, 1), at(now)).unwrap();
+    assert_eq!(planned.backups_to_remove(), [world.backups[0].id]);
 }
