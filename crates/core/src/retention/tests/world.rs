@@ -206,15 +206,15 @@ impl World {
     /// Whether a restore to this target on this timeline, which begins with this backup, gets there.
     pub(super) fn restores(&self, backup: BackupId, timeline: TimelineId, target: &RecoveryTarget) -> bool {
         let histories = self.histories.keys().map(|timeline| self.history(*timeline)).collect();
-        let catalog = Catalog { backups: self.backups.clone(), histories };
-        let request = RestoreRequest { target: target.clone(), timeline: Some(timeline), backup: Some(backup) };
+        let catalog = Catalog { backups: self.backups.clone(), histories, restore_points: Vec::new() };
+        let request = RestoreRequest { target: target.clone(), timeline: Some(timeline), backup: Some(backup), inclusive: true };
         let Ok(selection) = select(&catalog, &request) else { return false };
         if selection.chain.iter().any(|link| self.torn.contains(&link.id)) {
             return false;
         }
         let mut scan = WalScan::new(selection.history.clone(), SIZE, selection.backup.start_lsn);
         for ((timeline, number), stored) in &self.segments {
-            scan.found(SegmentName::from_number(tli(*timeline), *number, SIZE), at(*stored));
+            scan.found(SegmentName::from_number(tli(*timeline), *number, SIZE), 0, at(*stored));
         }
         RestorePlan::new(selection, target.clone(), scan.finish()).is_ok()
     }
