@@ -207,7 +207,8 @@ impl World {
     pub(super) fn restores(&self, backup: BackupId, timeline: TimelineId, target: &RecoveryTarget) -> bool {
         let histories = self.histories.keys().map(|timeline| self.history(*timeline)).collect();
         let catalog = Catalog { backups: self.backups.clone(), histories, restore_points: Vec::new() };
-        let request = RestoreRequest { target: target.clone(), timeline: Some(timeline), backup: Some(backup), inclusive: true };
+        let request =
+            RestoreRequest { target: target.clone(), timeline: Some(timeline), backup: Some(backup), inclusive: true };
         let Ok(selection) = select(&catalog, &request) else { return false };
         if selection.chain.iter().any(|link| self.torn.contains(&link.id)) {
             return false;
@@ -216,7 +217,14 @@ impl World {
         for ((timeline, number), stored) in &self.segments {
             scan.found(SegmentName::from_number(tli(*timeline), *number, SIZE), 0, at(*stored));
         }
-        RestorePlan::new(selection, target.clone(), scan.finish()).is_ok()
+        let wal = scan.finish();
+        // A segment holds nothing younger than the moment at which it was stored. What a segment really holds, no world here
+        // knows.
+        let in_reach = match target {
+            RecoveryTarget::Time(time) => wal.last.is_some_and(|(_, stored)| *time <= stored),
+            _ => true,
+        };
+        in_reach && RestorePlan::new(selection, target.clone(), wal).is_ok()
     }
 
     pub(super) fn restores_to_its_end(&self, backup: &BackupRecord) -> bool {
