@@ -19,7 +19,7 @@ use crate::{
     jobs::{Outcome, Snapshot},
     pgdata::DataDirectory,
     progress::{Phase as JobPhase, Progress},
-    restore::command::restore_command,
+    restore::{command::restore_command, running::Stopped},
     settings::Settings,
     switch::{self, Asker, Kept, describe},
 };
@@ -45,6 +45,10 @@ pub async fn stage(
     let started: Result<Snapshot, Failure> = match system.system_identifier {
         // The daemon knows its own database only.
         Some(_) => Err(Failure::new(Code::DaemonUnavailable, "")),
+        // Nor one that is being restored over.
+        None if order.replace && !settings.work()?.pgdata()?.join("PG_VERSION").exists() => {
+            Err(Failure::new(Code::DaemonUnavailable, ""))
+        }
         None => client.post("/v1/restores", order).await,
     };
     let switch = match started {
@@ -74,11 +78,11 @@ async fn here(
     output: OutputArgs,
 ) -> Result<Switch, Failure> {
     let work = settings.work()?;
-    let pgdata = DataDirectory::open(work.pgdata()?)?;
+    let pgdata = work.pgdata()?;
     let repository = open_repository(work, system).await?;
     let progress = Arc::new(Progress::default());
     let shown = show_progress(progress.clone(), output.json);
-    let staged = Asker { work, process: &settings.process }.prepare(&repository, &pgdata, order, progress).await;
+    let staged = Asker { work, process: &settings.process }.prepare(&repository, pgdata, order, progress).await;
     shown.abort();
     let _ = shown.await;
     staged
@@ -110,7 +114,7 @@ fn print_prepared(switch: &Switch) -> Result<(), Failure> {
 pub async fn switch(settings: &Settings, output: OutputArgs) -> Result<(), Failure> {
     let progress = Arc::new(Progress::default());
     let shown = show_progress(progress.clone(), output.json);
-    let switched = switch::before_start(settings, settings.work()?.pgdata()?, progress).await;
+    let switched = switch::before_start(settings, settings.work()?.pgdata()?, Stopped::Unknown, progress).await;
     shown.abort();
     let _ = shown.await;
     let Some(switch) = switched? else {

@@ -43,7 +43,7 @@ use crate::{
     failure::{Code, Failure},
     pgdata::DataDirectory,
     repository::Repository,
-    restore::{self, RestoreOptions, command::restore_command, unpack::Progress},
+    restore::{self, RestoreOptions, command::restore_command, running::Stopped, unpack::Progress},
     settings::{PrepareSettings, RawPrepare, SettingErrors, Settings, WorkSettings},
     store::Store,
     switch,
@@ -61,7 +61,7 @@ pub type ShowProgress<'a> = &'a (dyn Fn(Arc<Progress>) -> JoinHandle<()> + Sync)
 async fn before_start(settings: &Settings, pgdata: &Path, show: ShowProgress<'_>) -> Result<(), Failure> {
     let progress = Arc::new(Progress::default());
     let shown = show(progress.clone());
-    let carried = switch::before_start(settings, pgdata, progress).await;
+    let carried = switch::before_start(settings, pgdata, Stopped::BeforeItsStart, progress).await;
     shown.abort();
     let _ = shown.await;
     let failure = match carried {

@@ -25,13 +25,18 @@ pub fn take_along(switch: &Switch, timeline: TimelineId) -> Result<(), Failure> 
     let Some(staged) = root.staged.as_deref() else { return Ok(()) };
     let elsewhere = switch.roots.iter().find(|root| root.role == Role::Wal).and_then(|root| root.staged.clone());
     let to = elsewhere.unwrap_or_else(|| staged.join("pg_wal"));
-    let taken = copy_unarchived(&root.live, &to, Some(timeline))?;
+    let taken = put_unarchived(&root.live, &to, Some(timeline), &copy)?;
     tracing::info!(files = taken, "WAL that isn't archived was taken along");
     Ok(())
 }
 
-/// Copies the segments that aren't marked as archived, of this timeline or of all, and histories.
-fn copy_unarchived(data: &Path, to: &Path, timeline: Option<TimelineId>) -> Result<usize, Failure> {
+/// Puts the segments that aren't marked as archived, of this timeline or of all, and histories into another directory.
+fn put_unarchived(
+    data: &Path,
+    to: &Path,
+    timeline: Option<TimelineId>,
+    put: &dyn Fn(&Path, &Path) -> io::Result<()>,
+) -> Result<usize, Failure> {
     let pgdata = DataDirectory::open(data)?;
     let size = pgdata.control()?.wal_segment_size;
     let mut taken = 0;
@@ -49,7 +54,7 @@ fn copy_unarchived(data: &Path, to: &Path, timeline: Option<TimelineId>) -> Resu
             _ => false,
         };
         if wanted {
-            copy(&path, to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
+            put(&path, to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
             taken += 1;
         }
     }
@@ -58,15 +63,28 @@ fn copy_unarchived(data: &Path, to: &Path, timeline: Option<TimelineId>) -> Resu
     Ok(taken)
 }
 
-/// Copies WAL that is nowhere else to `kept/pg_wal`, before a database is restored over.
+/// Keeps WAL that is nowhere else in `kept/pg_wal`, before a database is restored over. Only what `stays` in its place to be
+/// replayed, that of this timeline, takes room twice.
 ///
 /// # Errors
 /// If it can't be read or written.
-pub fn save(data: &Path, kept: &Path) -> Result<(), Failure> {
+pub fn save(data: &Path, kept: &Path, stays: Option<TimelineId>) -> Result<(), Failure> {
     let to = kept.join("pg_wal");
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(&to);
-    made.map_err(|error| Failure::io(format!("creating {}", to.display()), &error))?;
-    let saved = copy_unarchived(data, &to, None)?;
+    let make = || -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&to)?;
+        if rustix::process::geteuid().is_root() {
+            let like = fs::metadata(data)?;
+            [kept, &to].iter().try_for_each(|made| chown(made, Some(like.uid()), Some(like.gid())))?;
+        }
+        Ok(())
+    };
+    make().map_err(|error| Failure::io(format!("creating {}", to.display()), &error))?;
+    let put = |from: &Path, to: &Path| {
+        let name = from.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let is_replayed = stays.is_some() && name.parse().ok().and_then(|name| timeline_of(&name)) == stays;
+        if is_replayed { copy(from, to) } else { link(from, to).or_else(|_| copy(from, to)) }
+    };
+    let saved = put_unarchived(data, &to, None, &put)?;
     tracing::info!(files = saved, kept = %to.display(), "WAL that isn't archived is kept");
     Ok(())
 }
@@ -78,14 +96,26 @@ pub fn save(data: &Path, kept: &Path) -> Result<(), Failure> {
 pub fn saved(kept: &Path, timeline: TimelineId) -> Result<Vec<String>, Failure> {
     let names = files(&kept.join("pg_wal"))?.into_iter().filter_map(|path| {
         let name = path.file_name()?.to_str()?.to_owned();
-        let of = match name.parse().ok()? {
-            ArchiveFileName::Segment(segment) => segment.timeline(),
-            ArchiveFileName::History(of) => of,
-            _ => return None,
-        };
-        (of == timeline).then_some(name)
+        (timeline_of(&name.parse().ok()?) == Some(timeline)).then_some(name)
     });
     Ok(names.collect())
+}
+
+fn timeline_of(name: &ArchiveFileName) -> Option<TimelineId> {
+    match name {
+        ArchiveFileName::Segment(segment) => Some(segment.timeline()),
+        ArchiveFileName::History(timeline) => Some(*timeline),
+        _ => None,
+    }
+}
+
+/// A second name, on the same file system.
+fn link(from: &Path, directory: &Path) -> io::Result<()> {
+    let Some(name) = from.file_name() else { return Ok(()) };
+    match fs::remove_file(directory.join(name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => fs::hard_link(from, directory.join(name)),
+    }
 }
 
 fn files(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
