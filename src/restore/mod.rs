@@ -91,6 +91,8 @@ pub struct Staged {
     pub tablespaces: BTreeMap<u32, PathBuf>,
     /// Where WAL will lie, if not in the data directory.
     pub wal: Option<StagedWal>,
+    /// The data directory of the server in whose place it will be.
+    pub live: Option<PathBuf>,
 }
 
 /// WAL outside of the data directory.
@@ -136,10 +138,16 @@ pub async fn run_staged(
     let backup = &plan.backup;
     let places = Places::of(plan, options, staged)?;
     let needed = room::needed(repository, plan, options, &places.written).await?;
-    let directory = TargetDirectory::prepare(&options.to, &places.written, &needed, backup)?;
+    let beside = match &staged.live {
+        Some(live) => room::Beside::Server { wal: room::unarchived(live, backup.wal_segment_size) },
+        None => room::Beside::Nobody,
+    };
+    let target = directory::Target { path: &options.to, tablespaces: &places.written, like: staged.live.as_deref() };
+    let (directory, floor) = TargetDirectory::prepare(&target, &needed, beside, backup)?;
     progress.total_bytes.store(plan.chain.iter().map(BackupRecord::plain_bytes).sum(), Relaxed);
     progress.enter(Phase::Writing);
-    let done = fill(repository, plan, options, &directory, &places, progress).await;
+    let filling = fill(repository, plan, options, &directory, &places, progress.clone());
+    let done = if staged.live.is_some() { floor.keep(filling, &progress).await } else { filling.await };
     match done {
         Ok(()) => Ok(()),
         Err(failure) => {

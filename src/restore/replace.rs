@@ -117,7 +117,7 @@ pub async fn check(repository: &Repository, plan: &RestorePlan, options: &Restor
         mounts::refuse_below(&directory, Some(&root.join("pg_wal")))?;
     }
     let needed = room::needed(repository, plan, options, &places.links).await?;
-    room::check_with(&needed, &replaced(root, &places.links, &version)?)?;
+    room::check_with(&needed, &replaced(root, &places.links, &version)?, room::Beside::Nobody)?;
     look_at_store(repository, &plan.chain).await
 }
 

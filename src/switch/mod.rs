@@ -108,7 +108,8 @@ pub async fn stage(
     let to = staged_at(Role::Data).ok_or_else(|| Failure::internal("a switch without a data directory"))?;
     let options = RestoreOptions { to, ..options.clone() };
     note::write_pending(&data, &switch)?;
-    let restored = restore::run_staged(repository, plan, &options, &Staged { tablespaces, wal }, progress).await;
+    let staged = Staged { tablespaces, wal, live: Some(data.path.clone()) };
+    let restored = restore::run_staged(repository, plan, &options, &staged, progress).await;
     if let Err(failure) = restored {
         let removed = remove_staged(&data, &switch);
         return Err(match removed {
