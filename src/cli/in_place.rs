@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 use pgsidecar_core::{
-    recovery::RestoreOrder,
+    recovery::{RecoveryTarget, RestoreOrder},
     switch::{Phase, Purpose, Switch},
 };
 
@@ -21,7 +21,7 @@ use crate::{
     progress::{Phase as JobPhase, Progress},
     restore::{command::restore_command, running::Stopped},
     settings::Settings,
-    switch::{self, Asker, Kept, describe},
+    switch::{self, Asker, Kept, describe, describe_pending},
 };
 
 /// `restore clean`
@@ -106,6 +106,13 @@ fn print_prepared(switch: &Switch) -> Result<(), Failure> {
         describe(&switch.purpose).trim_end_matches(','),
         staged.display()
     ))?;
+    if let Purpose::Restore { target, to_the_end: false, .. } = &switch.purpose
+        && *target == RecoveryTarget::Latest.to_string()
+    {
+        output::print_line(
+            "The database that is there is on another timeline: what it has not archived does not come back.",
+        )?;
+    }
     output::print_line(HOW_TO_SWITCH)?;
     output::print_line("'pgsidecar restore cancel' takes it back.")
 }
@@ -177,14 +184,14 @@ pub async fn list(settings: &Settings, output: OutputArgs) -> Result<(), Failure
 
 fn print_kept(kept: &Kept) -> Result<(), Failure> {
     if let Some(switch) = &kept.pending {
-        let what = describe(&switch.purpose);
+        let what = describe_pending(switch);
         let state = match switch.phase {
             Phase::Staging => "Being prepared",
             Phase::Ready => "Prepared",
             Phase::Switching => "Under way: PostgreSQL doesn't start until it's gone through with",
             Phase::Done => "Done",
         };
-        output::print_line(&format!("{state}: {} ({})", what.trim_end_matches(','), switch.id))?;
+        output::print_line(&format!("{state}: {what} ({})", switch.id))?;
     }
     for switch in &kept.done {
         let before = if matches!(switch.purpose, Purpose::Undo { .. }) { "the undoing" } else { "the restore" };

@@ -76,6 +76,9 @@ async fn before_start(settings: &Settings, pgdata: &Path, show: ShowProgress<'_>
         // The database is as it was, and nobody could take the restore back if its pod never started.
         Ok(Some(switch)) if switch.phase == Phase::Ready => {
             tracing::error!(hint = failure.hint, "{failure}. PostgreSQL starts on the database as it was");
+            if let Err(failure) = switch::note_refusal(pgdata, &failure) {
+                tracing::warn!("the status won't tell: {failure}");
+            }
             Ok(())
         }
         _ => Err(failure),

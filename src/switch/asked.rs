@@ -83,7 +83,7 @@ impl Asker<'_> {
     ) -> Result<RestoreOptions, Failure> {
         // The end of the WAL is in the old directory's own pg_wal, from which it's taken along, unless that server had left
         // the timeline. A tail in the repository may be older.
-        let has_the_end = pgdata.control()?.timeline == timeline;
+        let has_the_end = pgdata.control()?.newest_timeline() == timeline;
         let tail = order.request()?.target == RecoveryTarget::Latest && !has_the_end;
         let command = match &order.restore_command {
             Some(command) => command.clone(),
@@ -134,7 +134,7 @@ impl Asker<'_> {
                 replaced_tablespaces(&data.path)?;
                 let id = new_id(&data)?;
                 let roots = vec![lay_out_data(&data, id, &purpose)];
-                Switch { id, purpose, phase: Phase::Ready, roots }
+                Switch { id, purpose, phase: Phase::Ready, roots, refused: None }
             }
         };
         note::write_pending(&data, &switch)?;

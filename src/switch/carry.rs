@@ -107,7 +107,9 @@ fn prepare(data: &Place, switch: &mut Switch, stopped: Stopped, watch: Watch<'_>
     }
     watch("take WAL along")?;
     match &switch.purpose {
-        Purpose::Restore { timeline, to_the_end: true, .. } => wal::take_along(switch, *timeline)?,
+        Purpose::Restore { timeline, to_the_end: true, wal_through, .. } => {
+            wal::take_along(switch, *timeline, *wal_through)?;
+        }
         Purpose::Restore { .. } => {}
         Purpose::Replace { .. } => return Err(Failure::internal("a database that is restored over is not switched")),
         Purpose::Undo { restore_command, .. } => leave_taken_timeline(switch, restore_command)?,
@@ -242,6 +244,7 @@ fn move_out(root: &Root, wal: Option<&Path>, watch: Watch<'_>) -> Result<(), Fai
             _ => {}
         }
         let like = fs::metadata(&root.live)?;
+        fs::set_permissions(&root.kept, like.permissions())?;
         if rustix::process::geteuid().is_root() {
             chown(&root.kept, Some(like.uid()), Some(like.gid()))?;
         }
@@ -353,13 +356,19 @@ fn leave_taken_timeline(switch: &Switch, restore_command: &str) -> Result<(), Fa
     let Some(root) = switch.data() else { return Ok(()) };
     let Some(back) = root.staged.as_deref() else { return Ok(()) };
     let (leaving, back) = (DataDirectory::open(&root.live)?, DataDirectory::shut(back));
-    let ours = back.control()?.timeline;
-    // It can have been promoted and have ended before the checkpoint that tells pg_control.
-    let histories = leaving.histories().unwrap_or_default();
-    let newest = histories.into_iter().chain([leaving.control()?.timeline]).max().unwrap_or(ours);
-    if newest <= ours || back.is_standby() {
+    if ["recovery.signal", "standby.signal", "backup_label"].iter().any(|name| back.path().join(name).exists()) {
+        // It was recovering when it was replaced, and goes on with that, to where it was told to.
         return Ok(());
     }
+    let ours = back.control()?.newest_timeline();
+    // It can have been promoted and have ended before the checkpoint that tells pg_control.
+    let histories = leaving.histories().unwrap_or_default();
+    let newest = histories.into_iter().chain([leaving.control()?.newest_timeline()]).max().unwrap_or(ours);
+    if newest <= ours {
+        return Ok(());
+    }
+    // The archive may not have them yet, and what comes back must not take one of these timelines again.
+    wal::take_histories(switch)?;
     let settings = RecoverySettings {
         mode: RecoveryMode::default(),
         target: RecoveryTarget::Latest,

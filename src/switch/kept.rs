@@ -72,7 +72,7 @@ pub fn undo(pgdata: &DataDirectory, restore_command: &str) -> Result<Switch, Fai
         Ok(Root { staged, kept: beside.kept(id, &purpose), way, old: None, new: None, ..root.clone() })
     };
     let roots = last.roots.iter().map(back).collect::<Result<Vec<Root>, Failure>>()?;
-    let mut switch = Switch { id, purpose: purpose.clone(), phase: Phase::Staging, roots };
+    let mut switch = Switch { id, purpose: purpose.clone(), phase: Phase::Staging, roots, refused: None };
     make_ready(&mut switch)?;
     note::write_pending(&data, &switch)?;
     Ok(switch)

@@ -87,7 +87,9 @@ pub async fn stage(
         backup: plan.backup.id,
         target: plan.target.to_string(),
         timeline: plan.timeline,
-        to_the_end: plan.target == RecoveryTarget::Latest,
+        // What the old directory has on another timeline doesn't follow on what is restored.
+        to_the_end: plan.target == RecoveryTarget::Latest && is_on(pgdata, plan),
+        wal_through: Some(plan.wal_through),
     };
     let id = new_id(&data)?;
     let tablespaces: Vec<NewTablespace> = plan
@@ -100,7 +102,7 @@ pub async fn stage(
         })
         .collect();
     let Layout { roots, tablespaces, wal_link } = lay_out(pgdata, &data, &tablespaces, id, &purpose)?;
-    let mut switch = Switch { id, purpose, phase: Phase::Staging, roots };
+    let mut switch = Switch { id, purpose, phase: Phase::Staging, roots, refused: None };
     carry::check_movable(&switch)?;
     let staged_at =
         |role: Role| switch.roots.iter().find(|root| root.role == role).and_then(|root| root.staged.clone());
@@ -121,6 +123,30 @@ pub async fn stage(
     carry::shut_staged(&switch)?;
     note::write_pending(&data, &switch)?;
     Ok(switch)
+}
+
+/// Whether the server is on the timeline that is restored.
+fn is_on(pgdata: &DataDirectory, plan: &RestorePlan) -> bool {
+    let ours = pgdata.control().map(|control| control.newest_timeline());
+    let same = ours.as_ref().is_ok_and(|ours| *ours == plan.timeline);
+    if !same {
+        let ours = ours.map_or_else(|failure| failure.message, |ours| format!("timeline {ours}"));
+        tracing::warn!("the database is on {ours} and timeline {} is restored: WAL that it has not archived is not taken along", plan.timeline);
+    }
+    same
+}
+
+/// Notes why what is prepared wasn't carried out when PostgreSQL was started.
+///
+/// # Errors
+/// If it can't be.
+pub fn note_refusal(pgdata: &Path, failure: &Failure) -> Result<(), Failure> {
+    let data = Place::of_data(pgdata)?;
+    let _lock = lock(&data)?;
+    match settled(&data)? {
+        Some(switch) => note::write_pending(&data, &Switch { refused: Some(failure.message.clone()), ..switch }),
+        None => Ok(()),
+    }
 }
 
 /// Notes what is where, by which a switch is told from what a crash leaves of it.
@@ -218,6 +244,16 @@ pub fn describe(purpose: &Purpose) -> String {
             format!("the restore of backup {backup} over the database, on timeline {timeline},")
         }
         Purpose::Undo { of, .. } => format!("the undoing of the restore of {of}"),
+    }
+}
+
+/// The same of one that is prepared, with why it wasn't carried out.
+pub fn describe_pending(switch: &Switch) -> String {
+    let what = describe(&switch.purpose);
+    let what = what.trim_end_matches(',');
+    match &switch.refused {
+        None => what.to_owned(),
+        Some(why) => format!("{what}; refused when PostgreSQL was started: {why}"),
     }
 }
 

@@ -9,48 +9,84 @@ use std::{
 };
 
 use pgsidecar_core::{
-    ArchiveFileName, TimelineId, WalHeader,
+    ArchiveFileName, SegmentName, TimelineHistory, TimelineId, WalHeader,
     switch::{Role, Switch},
 };
 
 use crate::{failure::Failure, pgdata::DataDirectory};
 
-/// Copies the segments of this timeline that aren't marked as archived to the new pg_wal, and the timeline's history. Done
-/// again, it does the same again.
+/// Copies the segments of this timeline, and of those from which it comes, that aren't marked as archived or lie behind
+/// what the archive had (`through`) to the new pg_wal, and the timeline's history. Done again, it does the same again.
 ///
 /// # Errors
 /// If they can't be read or written.
-pub fn take_along(switch: &Switch, timeline: TimelineId) -> Result<(), Failure> {
-    let Some(root) = switch.data() else { return Ok(()) };
-    let Some(staged) = root.staged.as_deref() else { return Ok(()) };
-    let elsewhere = switch.roots.iter().find(|root| root.role == Role::Wal).and_then(|root| root.staged.clone());
-    let to = elsewhere.unwrap_or_else(|| staged.join("pg_wal"));
-    let taken = put_unarchived(&root.live, &to, Some(timeline), &copy)?;
+pub fn take_along(switch: &Switch, timeline: TimelineId, through: Option<SegmentName>) -> Result<(), Failure> {
+    let (Some(root), Some(to)) = (switch.data(), staged_wal(switch)) else { return Ok(()) };
+    let taken = put_unarchived(&root.live, &to, Some((timeline, through)), &copy)?;
     tracing::info!(files = taken, "WAL that isn't archived was taken along");
     Ok(())
 }
 
-/// Puts the segments that aren't marked as archived, of this timeline or of all, and histories into another directory.
+/// Where the WAL of what is staged is.
+fn staged_wal(switch: &Switch) -> Option<PathBuf> {
+    let elsewhere = switch.roots.iter().find(|root| root.role == Role::Wal);
+    match elsewhere {
+        Some(root) => root.staged.clone(),
+        None => Some(switch.data()?.staged.as_deref()?.join("pg_wal")),
+    }
+}
+
+/// Copies the timeline histories that what is there has and what comes back hasn't.
+///
+/// # Errors
+/// If they can't be read or written.
+pub fn take_histories(switch: &Switch) -> Result<(), Failure> {
+    let (Some(root), Some(to)) = (switch.data(), staged_wal(switch)) else { return Ok(()) };
+    for path in files(&root.live.join("pg_wal"))? {
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        if matches!(name.parse(), Ok(ArchiveFileName::History(_))) && !to.join(name).exists() {
+            copy(&path, &to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
+        }
+    }
+    let synced = File::open(&to).and_then(|directory| directory.sync_all());
+    synced.map_err(|error| Failure::io(format!("syncing {}", to.display()), &error))
+}
+
+/// Puts the segments that aren't marked as archived, on the way to a timeline or of all, and histories into another
+/// directory; of those on the way all that lie behind what an archive had.
 fn put_unarchived(
     data: &Path,
     to: &Path,
-    timeline: Option<TimelineId>,
+    on_the_way: Option<(TimelineId, Option<SegmentName>)>,
     put: &dyn Fn(&Path, &Path) -> io::Result<()>,
 ) -> Result<usize, Failure> {
     let pgdata = DataDirectory::open(data)?;
-    let size = pgdata.control()?.wal_segment_size;
+    let size = match pgdata.control() {
+        Ok(control) => control.wal_segment_size,
+        // The restore is what repairs it.
+        Err(failure) => {
+            tracing::warn!("{failure}: WAL that isn't archived can't be told from the rest, and none is taken along");
+            return Ok(0);
+        }
+    };
+    let way = on_the_way.map(|(timeline, _)| way_to(&pgdata, timeline));
+    let archive_end = on_the_way.and_then(|(_, through)| through?.start(size));
     let mut taken = 0;
     for path in files(&pgdata.wal())? {
         let Some(Ok(name)) = path.file_name().and_then(|name| name.to_str()).map(str::parse::<ArchiveFileName>) else {
             continue;
         };
-        let is_of = |of: TimelineId| timeline.is_none_or(|timeline| of == timeline);
         let wanted = match name {
             ArchiveFileName::Segment(segment) => {
-                let archived = pgdata.is_finished(&name) && !pgdata.is_ready(&name);
-                is_of(segment.timeline()) && !archived && is_in_place(&path, segment.start(size))
+                let start = segment.start(size);
+                let number = start.map(|start| size.segment_number(start));
+                let of = |way: &TimelineHistory| number.and_then(|number| way.timeline_of_segment(number, size));
+                let is_on_the_way = way.as_ref().is_none_or(|way| of(way) == Some(segment.timeline()));
+                let is_archived = pgdata.is_finished(&name) && !pgdata.is_ready(&name);
+                let is_behind = archive_end.is_some_and(|end| start >= Some(end));
+                is_on_the_way && (!is_archived || is_behind) && is_in_place(&path, start)
             }
-            ArchiveFileName::History(of) => is_of(of),
+            ArchiveFileName::History(of) => on_the_way.is_none_or(|(timeline, _)| of == timeline),
             _ => false,
         };
         if wanted {
@@ -61,6 +97,13 @@ fn put_unarchived(
     let synced = File::open(to).and_then(|directory| directory.sync_all());
     synced.map_err(|error| Failure::io(format!("syncing {}", to.display()), &error))?;
     Ok(taken)
+}
+
+/// The history of a timeline, as far as pg_wal has it.
+fn way_to(pgdata: &DataDirectory, timeline: TimelineId) -> TimelineHistory {
+    let path = pgdata.wal().join(ArchiveFileName::History(timeline).to_string());
+    let history = fs::read(path).ok().and_then(|text| TimelineHistory::parse(timeline, &text).ok());
+    history.unwrap_or_else(|| TimelineHistory::first(timeline))
 }
 
 /// Keeps WAL that is nowhere else in `kept/pg_wal`, before a database is restored over. Only what `stays` in its place to be

@@ -60,6 +60,7 @@ impl Database {
             target: "a time".to_owned(),
             timeline: pgsidecar_core::TimelineId::FIRST,
             to_the_end: false,
+            wal_through: None,
         };
         let id: SwitchId = ID.parse().unwrap();
         let way = if self.as_content { Way::Content { parted: false } } else { Way::Whole };
@@ -83,7 +84,7 @@ impl Database {
         if self.alone {
             roots.drain(..2);
         }
-        Switch { id, purpose, phase: Phase::Staging, roots }
+        Switch { id, purpose, phase: Phase::Staging, roots, refused: None }
     }
 
     /// Carries it out, but ends at the step of this number. Answers with whether it came to its end.
