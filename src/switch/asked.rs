@@ -83,7 +83,8 @@ impl Asker<'_> {
     ) -> Result<RestoreOptions, Failure> {
         // The end of the WAL is in the old directory's own pg_wal, from which it's taken along, unless that server had left
         // the timeline. A tail in the repository may be older.
-        let has_the_end = pgdata.control()?.newest_timeline() == timeline;
+        // What can't be read has none that could be taken along.
+        let has_the_end = pgdata.control().is_ok_and(|control| control.newest_timeline() == timeline);
         let tail = order.request()?.target == RecoveryTarget::Latest && !has_the_end;
         let command = match &order.restore_command {
             Some(command) => command.clone(),
@@ -129,7 +130,9 @@ impl Asker<'_> {
         };
         let switch = match stuck {
             // What it has kept, and which tablespaces there were, stays noted.
-            Some(stuck) => Switch { purpose, roots: with_tablespaces_of(plan, order, stuck.roots, &data)?, ..stuck },
+            Some(stuck) => {
+                Switch { purpose, roots: with_tablespaces_of(plan, order, stuck.roots, &data)?, refused: None, ..stuck }
+            }
             None => {
                 replaced_tablespaces(&data.path)?;
                 let id = new_id(&data)?;

@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::{
-    describe, has_begun, is_moved,
+    describe, has_begun, movable,
     note::{self, lock},
     places::{Place, inode, live_tablespaces, version_directory, wal_place},
     remove_staged, settled, wal,
@@ -26,7 +26,7 @@ use crate::{
     failure::{Code, Failure},
     pgdata::DataDirectory,
     restore::{
-        self, mounts,
+        self,
         running::{Stopped, refuse_if_running},
     },
 };
@@ -82,7 +82,7 @@ fn prepare(data: &Place, switch: &mut Switch, stopped: Stopped, watch: Watch<'_>
     };
     refuse_if_running(&data.path, stopped)?;
     add_new_tablespaces(data, switch)?;
-    check_movable(switch)?;
+    movable::check(switch)?;
     let wal = wal_place(&data.path)?.map(|place| place.path);
     if wal.as_ref() != switch.roots.iter().find(|root| root.role == Role::Wal).map(|root| &root.live) {
         return refuse(
@@ -281,7 +281,7 @@ fn move_in(root: &Root, watch: Watch<'_>) -> Result<(), Failure> {
     fs::remove_dir(staged).map_err(|error| Failure::io(format!("removing {}", staged.display()), &error))
 }
 
-fn names(directory: &Path) -> Result<Vec<std::ffi::OsString>, Failure> {
+pub(super) fn names(directory: &Path) -> Result<Vec<std::ffi::OsString>, Failure> {
     let read = || -> io::Result<Vec<std::ffi::OsString>> {
         let names: io::Result<Vec<_>> = fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect();
         Ok(names?.into_iter().filter(|name| !name.to_str().is_some_and(stays_inside)).collect())
@@ -333,23 +333,6 @@ fn remove_empty_stage(root: &Root) -> Result<(), Failure> {
     }
 }
 
-/// Whether what has to be moved can be: what is mounted into it can't, but for the WAL, of which the content is moved.
-pub fn check_movable(switch: &Switch) -> Result<(), Failure> {
-    let wal = switch.roots.iter().find(|root| root.role == Role::Wal).map(|root| root.live.as_path());
-    for root in &switch.roots {
-        mounts::refuse_below(&root.live, wal.filter(|_| is_moved(root)))?;
-        let is_mount_point = || Ok::<_, Failure>(mounts::mount_points()?.contains(&root.live));
-        if !is_moved(root) && is_mount_point()? {
-            return Err(Failure::new(
-                Code::TargetDirectory,
-                format!("{} is a mount point, and can't be renamed; nothing was changed", root.live.display()),
-            )
-            .hint("Restore to an empty volume instead."));
-        }
-    }
-    Ok(())
-}
-
 /// An undone restore's server may have taken the next timeline, and its WAL is in the archive. What comes back must not end
 /// on the timeline that it left, where 'the newest timeline' would not find it any more: it goes to a new one of its own.
 fn leave_taken_timeline(switch: &Switch, restore_command: &str) -> Result<(), Failure> {
@@ -363,7 +346,11 @@ fn leave_taken_timeline(switch: &Switch, restore_command: &str) -> Result<(), Fa
     let ours = back.control()?.newest_timeline();
     // It can have been promoted and have ended before the checkpoint that tells pg_control.
     let histories = leaving.histories().unwrap_or_default();
-    let newest = histories.into_iter().chain([leaving.control()?.newest_timeline()]).max().unwrap_or(ours);
+    let newest = histories
+        .into_iter()
+        .chain([leaving.control().map_or(ours, |control| control.newest_timeline())])
+        .max()
+        .unwrap_or(ours);
     if newest <= ours {
         return Ok(());
     }

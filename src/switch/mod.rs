@@ -27,6 +27,7 @@
 mod asked;
 mod carry;
 mod kept;
+mod movable;
 mod note;
 mod places;
 mod wal;
@@ -103,7 +104,7 @@ pub async fn stage(
         .collect();
     let Layout { roots, tablespaces, wal_link } = lay_out(pgdata, &data, &tablespaces, id, &purpose)?;
     let mut switch = Switch { id, purpose, phase: Phase::Staging, roots, refused: None };
-    carry::check_movable(&switch)?;
+    movable::check(&switch)?;
     let staged_at =
         |role: Role| switch.roots.iter().find(|root| root.role == role).and_then(|root| root.staged.clone());
     let wal = staged_at(Role::Wal).map(|written| StagedWal { link: wal_link, written });
@@ -131,7 +132,10 @@ fn is_on(pgdata: &DataDirectory, plan: &RestorePlan) -> bool {
     let same = ours.as_ref().is_ok_and(|ours| *ours == plan.timeline);
     if !same {
         let ours = ours.map_or_else(|failure| failure.message, |ours| format!("timeline {ours}"));
-        tracing::warn!("the database is on {ours} and timeline {} is restored: WAL that it has not archived is not taken along", plan.timeline);
+        tracing::warn!(
+            "the database is on {ours} and timeline {} is restored: WAL that it has not archived is not taken along",
+            plan.timeline
+        );
     }
     same
 }

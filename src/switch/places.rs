@@ -130,7 +130,6 @@ pub fn lay_out(
     id: SwitchId,
     purpose: &Purpose,
 ) -> Result<Layout, Failure> {
-    let version = version_directory(pgdata)?;
     let mut roots = Vec::new();
     let mut written = BTreeMap::new();
     let mut locations: BTreeMap<PathBuf, Option<u32>> = BTreeMap::new();
@@ -151,6 +150,8 @@ pub fn lay_out(
         })?;
         locations.insert(location, Some(tablespace.oid));
     }
+    // A pg_control that is damaged matters only where its version does.
+    let version = if locations.is_empty() { String::new() } else { version_directory(pgdata)? };
     for (location, oid) in locations {
         let beside = Beside::inside(&location);
         if let Some(oid) = oid {

@@ -156,7 +156,7 @@ fn timeline_of(name: &ArchiveFileName) -> Option<TimelineId> {
 fn link(from: &Path, directory: &Path) -> io::Result<()> {
     let Some(name) = from.file_name() else { return Ok(()) };
     match fs::remove_file(directory.join(name)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => fs::hard_link(from, directory.join(name)),
     }
 }

@@ -54,7 +54,8 @@ fn a_tablespace_from_after_the_backup_has_no_pages_from_later_pg15() {
     postgres.stop("fast");
     assert!(!relations(&location).is_empty());
     sidecar.ok(&["restore", "switch"]);
-    assert_eq!(relations(&location), [PathBuf::new(); 0], "what recovery would find is from later");
+    let left = relations(&location);
+    assert!(left.is_empty(), "recovery would find what is from later: {left:?}");
     assert_eq!(fs::read_to_string(stranger.join("000000010000000000000001")).unwrap(), "kept");
     postgres.start(&[]);
     postgres.wait_for_promotion();
