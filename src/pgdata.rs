@@ -126,6 +126,11 @@ impl DataDirectory {
         Ok(data_directory)
     }
 
+    /// One on which nothing starts because its `PG_VERSION` has another name.
+    pub fn shut(path: &Path) -> DataDirectory {
+        DataDirectory { path: path.to_owned() }
+    }
+
     /// Its path.
     pub fn path(&self) -> &Path {
         &self.path

@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 use pgsidecar_core::{
-    recovery::RestoreOrder,
+    recovery::{RecoveryTarget, RestoreOrder},
     switch::{Phase, Purpose, Switch},
 };
 
@@ -19,9 +19,9 @@ use crate::{
     jobs::{Outcome, Snapshot},
     pgdata::DataDirectory,
     progress::{Phase as JobPhase, Progress},
-    restore::command::restore_command,
+    restore::{command::restore_command, running::Stopped},
     settings::Settings,
-    switch::{self, Asker, Kept, describe},
+    switch::{self, Asker, Kept, describe, describe_pending},
 };
 
 /// `restore clean`
@@ -45,6 +45,10 @@ pub async fn stage(
     let started: Result<Snapshot, Failure> = match system.system_identifier {
         // The daemon knows its own database only.
         Some(_) => Err(Failure::new(Code::DaemonUnavailable, "")),
+        // Nor one that is being restored over.
+        None if order.replace && !settings.work()?.pgdata()?.join("PG_VERSION").exists() => {
+            Err(Failure::new(Code::DaemonUnavailable, ""))
+        }
         None => client.post("/v1/restores", order).await,
     };
     let switch = match started {
@@ -74,11 +78,11 @@ async fn here(
     output: OutputArgs,
 ) -> Result<Switch, Failure> {
     let work = settings.work()?;
-    let pgdata = DataDirectory::open(work.pgdata()?)?;
+    let pgdata = work.pgdata()?;
     let repository = open_repository(work, system).await?;
     let progress = Arc::new(Progress::default());
     let shown = show_progress(progress.clone(), output.json);
-    let staged = Asker { work, process: &settings.process }.prepare(&repository, &pgdata, order, progress).await;
+    let staged = Asker { work, process: &settings.process }.prepare(&repository, pgdata, order, progress).await;
     shown.abort();
     let _ = shown.await;
     staged
@@ -102,6 +106,13 @@ fn print_prepared(switch: &Switch) -> Result<(), Failure> {
         describe(&switch.purpose).trim_end_matches(','),
         staged.display()
     ))?;
+    if let Purpose::Restore { target, to_the_end: false, .. } = &switch.purpose
+        && *target == RecoveryTarget::Latest.to_string()
+    {
+        output::print_line(
+            "The database that is there is on another timeline: what it has not archived does not come back.",
+        )?;
+    }
     output::print_line(HOW_TO_SWITCH)?;
     output::print_line("'pgsidecar restore cancel' takes it back.")
 }
@@ -110,7 +121,7 @@ fn print_prepared(switch: &Switch) -> Result<(), Failure> {
 pub async fn switch(settings: &Settings, output: OutputArgs) -> Result<(), Failure> {
     let progress = Arc::new(Progress::default());
     let shown = show_progress(progress.clone(), output.json);
-    let switched = switch::before_start(settings, settings.work()?.pgdata()?, progress).await;
+    let switched = switch::before_start(settings, settings.work()?.pgdata()?, Stopped::Unknown, progress).await;
     shown.abort();
     let _ = shown.await;
     let Some(switch) = switched? else {
@@ -173,14 +184,14 @@ pub async fn list(settings: &Settings, output: OutputArgs) -> Result<(), Failure
 
 fn print_kept(kept: &Kept) -> Result<(), Failure> {
     if let Some(switch) = &kept.pending {
-        let what = describe(&switch.purpose);
+        let what = describe_pending(switch);
         let state = match switch.phase {
             Phase::Staging => "Being prepared",
             Phase::Ready => "Prepared",
             Phase::Switching => "Under way: PostgreSQL doesn't start until it's gone through with",
             Phase::Done => "Done",
         };
-        output::print_line(&format!("{state}: {} ({})", what.trim_end_matches(','), switch.id))?;
+        output::print_line(&format!("{state}: {what} ({})", switch.id))?;
     }
     for switch in &kept.done {
         let before = if matches!(switch.purpose, Purpose::Undo { .. }) { "the undoing" } else { "the restore" };

@@ -27,7 +27,7 @@ impl App {
         let repository = work.repository(control.system_identifier);
         let (settings, process) = (work.settings.clone(), self.process.clone());
         self.jobs.start("restore", |progress| async move {
-            Asker { work: &settings, process: &process }.prepare(&repository, &pgdata, &order, progress).await
+            Asker { work: &settings, process: &process }.prepare(&repository, pgdata.path(), &order, progress).await
         })
     }
 

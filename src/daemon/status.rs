@@ -158,8 +158,7 @@ impl Work {
         status.system_identifier = Some(control.system_identifier);
         match switch::list(pgdata.path()) {
             Ok(kept) => {
-                let pending =
-                    kept.pending.map(|switch| switch::describe(&switch.purpose).trim_end_matches(',').to_owned());
+                let pending = kept.pending.map(|switch| switch::describe_pending(&switch));
                 status.restores = Some(RestoresStatus { pending, kept: kept.done.len() });
             }
             Err(failure) => status.problems.push(failure),

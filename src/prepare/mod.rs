@@ -43,7 +43,7 @@ use crate::{
     failure::{Code, Failure},
     pgdata::DataDirectory,
     repository::Repository,
-    restore::{self, RestoreOptions, command::restore_command, unpack::Progress},
+    restore::{self, RestoreOptions, command::restore_command, running::Stopped, unpack::Progress},
     settings::{PrepareSettings, RawPrepare, SettingErrors, Settings, WorkSettings},
     store::Store,
     switch,
@@ -61,7 +61,7 @@ pub type ShowProgress<'a> = &'a (dyn Fn(Arc<Progress>) -> JoinHandle<()> + Sync)
 async fn before_start(settings: &Settings, pgdata: &Path, show: ShowProgress<'_>) -> Result<(), Failure> {
     let progress = Arc::new(Progress::default());
     let shown = show(progress.clone());
-    let carried = switch::before_start(settings, pgdata, progress).await;
+    let carried = switch::before_start(settings, pgdata, Stopped::BeforeItsStart, progress).await;
     shown.abort();
     let _ = shown.await;
     let failure = match carried {
@@ -76,6 +76,9 @@ async fn before_start(settings: &Settings, pgdata: &Path, show: ShowProgress<'_>
         // The database is as it was, and nobody could take the restore back if its pod never started.
         Ok(Some(switch)) if switch.phase == Phase::Ready => {
             tracing::error!(hint = failure.hint, "{failure}. PostgreSQL starts on the database as it was");
+            if let Err(failure) = switch::note_refusal(pgdata, &failure) {
+                tracing::warn!("the status won't tell: {failure}");
+            }
             Ok(())
         }
         _ => Err(failure),

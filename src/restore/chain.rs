@@ -247,6 +247,8 @@ impl Filling<'_> {
             prune(&root, Path::new(""), &kept, &|name| {
                 [MARKER, replace::MARKER, "backup_manifest"].iter().any(|alone| name == *alone)
                     || name == "pg_wal"
+                    // Configuration that lies elsewhere, where it's restored over a database.
+                    || root.join(name).is_symlink()
                     || name.to_str().is_some_and(stays_inside)
             })?;
             tablespaces.iter().try_for_each(|(oid, location)| {

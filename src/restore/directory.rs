@@ -47,18 +47,30 @@ pub struct TargetDirectory {
     locks: Vec<Arc<File>>,
 }
 
+/// What is to be restored to.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// The data directory.
+    pub path: &'a Path,
+    /// The tablespaces' directories, by their OIDs.
+    pub tablespaces: &'a BTreeMap<u32, PathBuf>,
+    /// A data directory that there is: what is restored belongs to its owner and has its mode.
+    pub like: Option<&'a Path>,
+}
+
 impl TargetDirectory {
     /// Checks that the directory and those of the tablespaces are absent or empty and have room for what is `needed` in
-    /// each, then claims them.
+    /// each, then claims them. Answers as well with how much has to stay free while they are filled.
     ///
     /// # Errors
     /// [`Code::TargetDirectory`] with what is in the way. Nothing has been touched then.
     pub fn prepare(
-        path: &Path,
-        tablespaces: &BTreeMap<u32, PathBuf>,
+        target: &Target<'_>,
         needed: &[(PathBuf, u64)],
+        beside: room::Beside,
         backup: &BackupRecord,
-    ) -> Result<TargetDirectory, Failure> {
+    ) -> Result<(TargetDirectory, room::Floor), Failure> {
+        let Target { path, tablespaces, like } = *target;
         if !path.is_absolute() {
             return Err(Failure::new(Code::InvalidRequest, format!("{} is not an absolute path", path.display())));
         }
@@ -73,7 +85,7 @@ impl TargetDirectory {
                 .hint("Give the data directory and each tablespace a directory of its own, side by side."));
             }
         }
-        room::check(needed)?;
+        let floor = room::check(needed, beside)?;
         let mut directory = TargetDirectory {
             path: path.to_owned(),
             created: false,
@@ -82,7 +94,7 @@ impl TargetDirectory {
             locks: Vec::new(),
         };
         for (n, target) in targets.into_iter().enumerate() {
-            let claimed = directory.claim(target, n == 0, backup.id);
+            let claimed = directory.claim(target, n == 0, backup.id, like);
             if let Err(failure) = claimed {
                 // Without a lock nothing here is ours.
                 if !directory.locks.is_empty() {
@@ -91,7 +103,7 @@ impl TargetDirectory {
                 return Err(failure);
             }
         }
-        Ok(directory)
+        Ok((directory, floor))
     }
 
     /// A directory that holds a database and keeps it. Nothing is claimed: [`TargetDirectory::release`] and
@@ -116,8 +128,12 @@ impl TargetDirectory {
 
     /// Creates a directory, marks it as ours, and removes what an interrupted restore left in it. Between the look at it
     /// and this, another restore may have claimed it, or even have ended in it: then it's left alone.
-    fn claim(&mut self, path: &Path, is_data: bool, backup: BackupId) -> Result<(), Failure> {
+    fn claim(&mut self, path: &Path, is_data: bool, backup: BackupId, like: Option<&Path>) -> Result<(), Failure> {
         let (created, owner) = create(path)?;
+        let owner = match like {
+            Some(like) => become_like(path, like)?,
+            None => owner,
+        };
         let marker = lock_marker(path).inspect_err(|_| {
             if created {
                 // As it's not empty where another restore is at work, it stays.
@@ -264,6 +280,20 @@ impl TargetDirectory {
     }
 }
 
+/// Gives a directory the owner and the mode of another one.
+fn become_like(path: &Path, like: &Path) -> Result<Owner, Failure> {
+    let become_so = || -> io::Result<Owner> {
+        let like = fs::metadata(like)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(like.mode() & 0o750))?;
+        if !rustix::process::geteuid().is_root() {
+            return Ok(Owner::Ourselves);
+        }
+        chown(path, Some(like.uid()), Some(like.gid()))?;
+        Ok(Owner::Of { uid: like.uid(), gid: like.gid() })
+    };
+    become_so().map_err(|error| Failure::io(format!("changing the owner of {}", path.display()), &error))
+}
+
 /// The marker of a directory, made if it isn't there, and locked.
 fn lock_marker(directory: &Path) -> Result<File, Failure> {
     let path = directory.join(MARKER);
@@ -379,17 +409,17 @@ mod tests {
         let path = scratch.path().join("restored");
         let backup = BackupId::new(jiff::Timestamp::UNIX_EPOCH, BackupKind::Full);
         let (mut first, mut second) = (TargetDirectory::unclaimed(&path), TargetDirectory::unclaimed(&path));
-        first.claim(&path, true, backup).unwrap();
+        first.claim(&path, true, backup, None).unwrap();
         assert!(fs::read_to_string(path.join(MARKER)).unwrap().starts_with(&backup.to_string()));
         fs::write(path.join("file"), "").unwrap();
 
-        let refused = second.claim(&path, true, backup).unwrap_err();
+        let refused = second.claim(&path, true, backup, None).unwrap_err();
         assert!(refused.message.contains(BEING_RESTORED_TO), "{refused}");
         assert!(second.locks.is_empty() && path.join("file").exists() && path.join(MARKER).exists());
 
         first.write("PG_VERSION", b"17").unwrap();
         first.release().unwrap();
-        let refused = second.claim(&path, true, backup).unwrap_err();
+        let refused = second.claim(&path, true, backup, None).unwrap_err();
         assert!(refused.message.contains(HOLDS_A_DATABASE), "{refused}");
         assert!(second.locks.is_empty() && path.join("file").exists() && !path.join(MARKER).exists());
 
@@ -397,7 +427,7 @@ mod tests {
         fs::remove_file(path.join("PG_VERSION")).unwrap();
         fs::write(path.join(MARKER), "a longer text than the next one, to be gone with all of it").unwrap();
         drop(first);
-        second.claim(&path, true, backup).unwrap();
+        second.claim(&path, true, backup, None).unwrap();
         assert_eq!(fs::read_to_string(path.join(MARKER)).unwrap(), format!("{backup}\n"));
         assert!(!path.join("file").exists());
     }

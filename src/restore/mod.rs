@@ -24,6 +24,7 @@ pub mod command;
 pub mod directory;
 mod layer;
 mod manifest;
+pub(crate) mod mounts;
 mod planning;
 mod prune;
 pub mod replace;
@@ -46,9 +47,10 @@ use pgsidecar_core::{
     BackupRecord,
     backup::TablespaceRecord,
     backup_label::TablespaceMap,
-    data_directory::empty_wal_subdirectories,
+    data_directory::{STANDARD_DIRECTORIES, empty_wal_subdirectories, tablespace_version_directory},
     plan::RestorePlan,
     recovery::{RecoveryMode, RecoverySettings, TargetAction, rewrite_auto_conf},
+    switch::SHUT,
 };
 
 pub use self::planning::plan;
@@ -89,13 +91,15 @@ pub struct Staged {
     pub tablespaces: BTreeMap<u32, PathBuf>,
     /// Where WAL will lie, if not in the data directory.
     pub wal: Option<StagedWal>,
+    /// The data directory of the server in whose place it will be.
+    pub live: Option<PathBuf>,
 }
 
 /// WAL outside of the data directory.
 #[derive(Clone, Debug)]
 pub struct StagedWal {
-    /// What the link pg_wal leads to.
-    pub link: PathBuf,
+    /// What the link pg_wal leads to; `None` where another file system is mounted there.
+    pub link: Option<PathBuf>,
     /// The directory that is made, and will lie there.
     pub written: PathBuf,
 }
@@ -134,10 +138,16 @@ pub async fn run_staged(
     let backup = &plan.backup;
     let places = Places::of(plan, options, staged)?;
     let needed = room::needed(repository, plan, options, &places.written).await?;
-    let directory = TargetDirectory::prepare(&options.to, &places.written, &needed, backup)?;
+    let beside = match &staged.live {
+        Some(live) => room::Beside::Server { wal: room::unarchived(live, backup.wal_segment_size) },
+        None => room::Beside::Nobody,
+    };
+    let target = directory::Target { path: &options.to, tablespaces: &places.written, like: staged.live.as_deref() };
+    let (directory, floor) = TargetDirectory::prepare(&target, &needed, beside, backup)?;
     progress.total_bytes.store(plan.chain.iter().map(BackupRecord::plain_bytes).sum(), Relaxed);
     progress.enter(Phase::Writing);
-    let done = fill(repository, plan, options, &directory, &places, progress).await;
+    let filling = fill(repository, plan, options, &directory, &places, progress.clone());
+    let done = if staged.live.is_some() { floor.keep(filling, &progress).await } else { filling.await };
     match done {
         Ok(()) => Ok(()),
         Err(failure) => {
@@ -265,20 +275,23 @@ fn make_startable(
     directory.release()
 }
 
-/// Steps 6 to 9 over a database that was there: links lead to their tablespaces, whatever they led to, and the last thing
-/// that goes is this marker.
+/// Steps 6 to 8 over a database that was there: links lead to their tablespaces, whatever they led to, and `PG_VERSION` is
+/// still called [`SHUT`].
 fn finish_over(
     directory: &TargetDirectory,
     links: &BTreeMap<u32, PathBuf>,
     major: u32,
     settings: &RecoverySettings,
     held: Vec<HeldFile>,
-    marker: &str,
 ) -> Result<(), Failure> {
     let root = directory.path();
-    let wal = root.join("pg_wal");
-    for name in empty_wal_subdirectories(major) {
-        let path = wal.join(name);
+    let held = HeldFiles::sort(held)?;
+    let control = pgsidecar_core::ControlFile::parse(&held.control.content)
+        .map_err(|error| damaged("the last part of the backup", &error.to_string()))?;
+    let version = tablespace_version_directory(major, control.catalog_version);
+    let in_wal = empty_wal_subdirectories(major).iter().map(|name| root.join("pg_wal").join(name));
+    let standard = STANDARD_DIRECTORIES.iter().map(|name| root.join(name)).chain(in_wal);
+    for path in standard.chain(links.values().map(|location| location.join(&version))) {
         let make = || -> io::Result<()> {
             match fs::DirBuilder::new().mode(0o700).create(&path) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
@@ -289,17 +302,18 @@ fn finish_over(
         };
         make().map_err(|error| Failure::io(format!("creating {}", path.display()), &error))?;
     }
-    let held = HeldFiles::sort(held)?;
     write_recovery_files(directory, &held.recovery(), &BTreeMap::new(), major, settings)?;
     for (oid, target) in links {
         snapshot::link(root, *oid, target)?;
     }
     directory.sync_file_systems()?;
     directory.write_durably("global/pg_control", &held.control.content)?;
-    directory.write_durably("PG_VERSION", &held.version.content)?;
-    remove_if_there(&root.join(marker))?;
-    let synced = fs::File::open(root).and_then(|directory| directory.sync_all());
-    synced.map_err(|error| Failure::io(format!("syncing {}", root.display()), &error))
+    directory.write_durably(SHUT, &held.version.content)
+}
+
+fn sync_directory(path: &Path) -> Result<(), Failure> {
+    let synced = fs::File::open(path).and_then(|directory| directory.sync_all());
+    synced.map_err(|error| Failure::io(format!("syncing {}", path.display()), &error))
 }
 
 /// The files of a backup's last part.
@@ -325,7 +339,7 @@ impl HeldFiles {
     }
 }
 
-/// Puts a link in the place of pg_wal, which is empty, and makes the directory that it will lead to.
+/// Puts a link, or nothing, in the place of pg_wal, which is empty, and makes the directory that it will lead to.
 fn move_wal(directory: &TargetDirectory, wal: &StagedWal, major: u32) -> Result<(), Failure> {
     let pg_wal = directory.path().join("pg_wal");
     let make = || -> io::Result<()> {
@@ -340,7 +354,9 @@ fn move_wal(directory: &TargetDirectory, wal: &StagedWal, major: u32) -> Result<
             directory.own(&path, owner)?;
         }
         fs::remove_dir_all(&pg_wal)?;
-        symlink(&wal.link, &pg_wal)?;
+        if let Some(link) = &wal.link {
+            symlink(link, &pg_wal)?;
+        }
         rustix::fs::syncfs(fs::File::open(&wal.written)?)?;
         Ok(())
     };
@@ -394,7 +410,8 @@ fn write_recovery_files(
 /// If it can't be written durably.
 pub fn recover_again(data: &Path, settings: &RecoverySettings) -> Result<(), Failure> {
     let directory = TargetDirectory::existing(data, [])?;
-    let version = data.join("PG_VERSION");
+    let version = ["PG_VERSION", SHUT].map(|name| data.join(name)).into_iter().find(|path| path.exists());
+    let version = version.unwrap_or_else(|| data.join("PG_VERSION"));
     let text =
         fs::read_to_string(&version).map_err(|error| Failure::io(format!("reading {}", version.display()), &error))?;
     let major = text.trim().parse().map_err(|_| damaged("PG_VERSION", "it has no version"))?;

@@ -39,7 +39,7 @@ use super::{
     directory::TargetDirectory,
     planning, remove_if_there,
     running::{is_same, server_on},
-    tablespace_targets, write_recovery_files,
+    sync_directory, tablespace_targets, write_recovery_files,
 };
 use crate::{
     failure::{Code, Failure},
@@ -359,9 +359,4 @@ pub(super) fn link(root: &Path, oid: u32, target: &Path) -> Result<(), Failure> 
         fs::rename(&temporary, &link)
     };
     make().map_err(|error| Failure::io(format!("linking {}", link.display()), &error))
-}
-
-fn sync_directory(path: &Path) -> Result<(), Failure> {
-    let synced = File::open(path).and_then(|directory| directory.sync_all());
-    synced.map_err(|error| Failure::io(format!("syncing {}", path.display()), &error))
 }

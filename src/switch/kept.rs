@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use pgsidecar_core::switch::{Phase, Purpose, Role, Root, Switch, Way};
+use pgsidecar_core::switch::{Phase, Purpose, Role, Root, SHUT, Switch, Way};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -46,7 +46,9 @@ pub fn undo(pgdata: &DataDirectory, restore_command: &str) -> Result<Switch, Fai
         return Err(already(&switch));
     }
     let done = note::done(&data)?.into_iter().map(|done| done.switch);
-    let last = done.into_iter().find(|switch| switch.kept_data().is_some_and(|kept| kept.join("PG_VERSION").exists()));
+    let last = done.into_iter().find(|switch| {
+        switch.kept_data().is_some_and(|kept| [SHUT, "PG_VERSION"].iter().any(|name| kept.join(name).exists()))
+    });
     let Some(last) = last else {
         return Err(Failure::new(
             Code::NotFound,
@@ -70,7 +72,7 @@ pub fn undo(pgdata: &DataDirectory, restore_command: &str) -> Result<Switch, Fai
         Ok(Root { staged, kept: beside.kept(id, &purpose), way, old: None, new: None, ..root.clone() })
     };
     let roots = last.roots.iter().map(back).collect::<Result<Vec<Root>, Failure>>()?;
-    let mut switch = Switch { id, purpose: purpose.clone(), phase: Phase::Staging, roots };
+    let mut switch = Switch { id, purpose: purpose.clone(), phase: Phase::Staging, roots, refused: None };
     make_ready(&mut switch)?;
     note::write_pending(&data, &switch)?;
     Ok(switch)

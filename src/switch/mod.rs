@@ -10,10 +10,13 @@
 //!    switch`. For a restore to the end of the WAL, segments that are not archived are copied to the new pg_wal first. Then
 //!    the note says *switching*, and from then on it's gone through with, however often it is interrupted: each step is
 //!    told from what is where ([`Root::next`]), or from the note.
+//!    A switch that was noted and has touched nothing yet is looked at again from here, as if it hadn't been noted.
 //! 4. Where more than one directory is switched, or one can't be renamed, `PG_VERSION` gets another name first: until the
 //!    end nothing starts on a database that is half the old and half the new one. WAL and tablespaces come next, the data
-//!    directory last, its `PG_VERSION` at its very end. A data directory alone is exchanged by one rename.
-//! 5. What was there before is whole again, where it's kept; the note goes there too.
+//!    directory last, and `PG_VERSION` gets its name at the very end. What is staged and what is kept has none in such a
+//!    case: its links lead to WAL and tablespaces that are another database's. A data directory alone is exchanged by one
+//!    rename.
+//! 5. The note goes to what is kept.
 //!
 //! Where there's no room for two databases, one is restored over the other (`src/restore/replace.rs`): this is noted here in
 //! the same way, WAL that is nowhere else is kept, and nothing is staged.
@@ -24,6 +27,7 @@
 mod asked;
 mod carry;
 mod kept;
+mod movable;
 mod note;
 mod places;
 mod wal;
@@ -44,14 +48,14 @@ pub use self::{
 };
 use self::{
     note::lock,
-    places::{Layout, NewTablespace, Place, inode, lay_out, lay_out_data},
+    places::{Layout, NewTablespace, Place, inode, lay_out},
 };
 use crate::{
     failure::{Code, Failure},
     pgdata::DataDirectory,
     progress::Progress,
     repository::Repository,
-    restore::{self, RestoreOptions, Staged, StagedWal},
+    restore::{self, RestoreOptions, Staged, StagedWal, replace},
 };
 
 /// Restores beside the database in `pgdata`, so that it takes its place when the server has been stopped. `options.to` is of
@@ -84,7 +88,9 @@ pub async fn stage(
         backup: plan.backup.id,
         target: plan.target.to_string(),
         timeline: plan.timeline,
-        to_the_end: plan.target == RecoveryTarget::Latest,
+        // What the old directory has on another timeline doesn't follow on what is restored.
+        to_the_end: plan.target == RecoveryTarget::Latest && is_on(pgdata, plan),
+        wal_through: Some(plan.wal_through),
     };
     let id = new_id(&data)?;
     let tablespaces: Vec<NewTablespace> = plan
@@ -97,15 +103,16 @@ pub async fn stage(
         })
         .collect();
     let Layout { roots, tablespaces, wal_link } = lay_out(pgdata, &data, &tablespaces, id, &purpose)?;
-    let mut switch = Switch { id, purpose, phase: Phase::Staging, roots };
-    carry::check_movable(&switch)?;
+    let mut switch = Switch { id, purpose, phase: Phase::Staging, roots, refused: None };
+    movable::check(&switch)?;
     let staged_at =
         |role: Role| switch.roots.iter().find(|root| root.role == role).and_then(|root| root.staged.clone());
-    let wal = wal_link.zip(staged_at(Role::Wal)).map(|(link, written)| StagedWal { link, written });
+    let wal = staged_at(Role::Wal).map(|written| StagedWal { link: wal_link, written });
     let to = staged_at(Role::Data).ok_or_else(|| Failure::internal("a switch without a data directory"))?;
     let options = RestoreOptions { to, ..options.clone() };
     note::write_pending(&data, &switch)?;
-    let restored = restore::run_staged(repository, plan, &options, &Staged { tablespaces, wal }, progress).await;
+    let staged = Staged { tablespaces, wal, live: Some(data.path.clone()) };
+    let restored = restore::run_staged(repository, plan, &options, &staged, progress).await;
     if let Err(failure) = restored {
         let removed = remove_staged(&data, &switch);
         return Err(match removed {
@@ -114,8 +121,36 @@ pub async fn stage(
         });
     }
     make_ready(&mut switch)?;
+    carry::shut_staged(&switch)?;
     note::write_pending(&data, &switch)?;
     Ok(switch)
+}
+
+/// Whether the server is on the timeline that is restored.
+fn is_on(pgdata: &DataDirectory, plan: &RestorePlan) -> bool {
+    let ours = pgdata.control().map(|control| control.newest_timeline());
+    let same = ours.as_ref().is_ok_and(|ours| *ours == plan.timeline);
+    if !same {
+        let ours = ours.map_or_else(|failure| failure.message, |ours| format!("timeline {ours}"));
+        tracing::warn!(
+            "the database is on {ours} and timeline {} is restored: WAL that it has not archived is not taken along",
+            plan.timeline
+        );
+    }
+    same
+}
+
+/// Notes why what is prepared wasn't carried out when PostgreSQL was started.
+///
+/// # Errors
+/// If it can't be.
+pub fn note_refusal(pgdata: &Path, failure: &Failure) -> Result<(), Failure> {
+    let data = Place::of_data(pgdata)?;
+    let _lock = lock(&data)?;
+    match settled(&data)? {
+        Some(switch) => note::write_pending(&data, &Switch { refused: Some(failure.message.clone()), ..switch }),
+        None => Ok(()),
+    }
 }
 
 /// Notes what is where, by which a switch is told from what a crash leaves of it.
@@ -130,6 +165,30 @@ fn make_ready(switch: &mut Switch) -> Result<(), Failure> {
     }
     switch.phase = Phase::Ready;
     Ok(())
+}
+
+/// The switch that is prepared or under way, when the directory is locked. One that was about to begin and hasn't is prepared
+/// still: a server may have run since, so that all is looked at again, or it's taken back.
+fn settled(data: &Place) -> Result<Option<Switch>, Failure> {
+    let Some(mut switch) = note::pending(data)? else { return Ok(None) };
+    if switch.phase == Phase::Switching && !has_begun(data, &switch)? {
+        switch.phase = Phase::Ready;
+        note::write_pending(data, &switch)?;
+    }
+    Ok(Some(switch))
+}
+
+/// Whether anything of the database has been touched.
+fn has_begun(data: &Place, switch: &Switch) -> Result<bool, Failure> {
+    if matches!(switch.purpose, Purpose::Replace { .. }) {
+        return Ok(replace::has_begun(&data.path));
+    }
+    for root in &switch.roots {
+        if inode(&root.live)? != root.old || root.way == (Way::Content { parted: true }) {
+            return Ok(true);
+        }
+    }
+    Ok(!data.path.join("PG_VERSION").exists())
 }
 
 /// The switch that is prepared or under way.
@@ -147,10 +206,10 @@ pub fn pending(pgdata: &Path) -> Result<Option<Switch>, Failure> {
 pub fn cancel(pgdata: &Path) -> Result<Switch, Failure> {
     let data = Place::of_data(pgdata)?;
     let _lock = lock(&data)?;
-    let Some(switch) = note::pending(&data)? else {
+    let Some(switch) = settled(&data)? else {
         return Err(Failure::new(Code::NotFound, "no restore is prepared for this data directory"));
     };
-    if switch.phase == Phase::Switching {
+    if matches!(switch.phase, Phase::Switching | Phase::Done) {
         return Err(Failure::new(Code::Conflict, "directories are being switched already: it has to be gone through with")
             .hint("'pgsidecar restore switch' goes on with it; after that, 'pgsidecar restore undo' brings back what was there before."));
     }
@@ -189,6 +248,16 @@ pub fn describe(purpose: &Purpose) -> String {
             format!("the restore of backup {backup} over the database, on timeline {timeline},")
         }
         Purpose::Undo { of, .. } => format!("the undoing of the restore of {of}"),
+    }
+}
+
+/// The same of one that is prepared, with why it wasn't carried out.
+pub fn describe_pending(switch: &Switch) -> String {
+    let what = describe(&switch.purpose);
+    let what = what.trim_end_matches(',');
+    match &switch.refused {
+        None => what.to_owned(),
+        Some(why) => format!("{what}; refused when PostgreSQL was started: {why}"),
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use pgsidecar_core::{
     data_directory::tablespace_version_directory,
-    switch::{Beside, Purpose, Role, Root, SwitchId, Way},
+    switch::{Beside, Purpose, Role, Root, SHUT, SwitchId, Way},
 };
 use rustix::fs::{Access, AtFlags, CWD, StatxFlags};
 
@@ -130,12 +130,10 @@ pub fn lay_out(
     id: SwitchId,
     purpose: &Purpose,
 ) -> Result<Layout, Failure> {
-    let control = pgdata.control()?;
-    let version = tablespace_version_directory(major_version(pgdata)?, control.catalog_version);
     let mut roots = Vec::new();
     let mut written = BTreeMap::new();
     let mut locations: BTreeMap<PathBuf, Option<u32>> = BTreeMap::new();
-    for location in live_tablespaces(pgdata)? {
+    for location in live_tablespaces(&data.path)? {
         locations.insert(location, None);
     }
     for tablespace in tablespaces {
@@ -152,6 +150,8 @@ pub fn lay_out(
         })?;
         locations.insert(location, Some(tablespace.oid));
     }
+    // A pg_control that is damaged matters only where its version does.
+    let version = if locations.is_empty() { String::new() } else { version_directory(pgdata)? };
     for (location, oid) in locations {
         let beside = Beside::inside(&location);
         if let Some(oid) = oid {
@@ -167,12 +167,28 @@ pub fn lay_out(
             new: None,
         });
     }
-    let wal_link = fs::read_link(pgdata.wal()).ok();
-    if wal_link.is_some() {
-        roots.push(Place::of(&pgdata.wal())?.root(Role::Wal, id, purpose));
+    let wal = wal_place(&data.path)?;
+    let mut data_root = data.root(Role::Data, id, purpose);
+    if let Some(wal) = wal {
+        if wal.path.starts_with(&data.path) {
+            // What is mounted in a directory follows it when it's renamed, and the next container finds it where it was.
+            data_root.way = Way::Content { parted: false };
+        }
+        roots.push(wal.root(Role::Wal, id, purpose));
     }
-    roots.push(data.root(Role::Data, id, purpose));
-    Ok(Layout { roots, tablespaces: written, wal_link })
+    roots.push(data_root);
+    Ok(Layout { roots, tablespaces: written, wal_link: fs::read_link(pgdata.wal()).ok() })
+}
+
+/// Where a database's WAL is, if not simply in its data directory: where the link pg_wal leads to, or pg_wal itself where
+/// another file system is mounted there.
+///
+/// # Errors
+/// If it can't be looked at.
+pub fn wal_place(data: &Path) -> Result<Option<Place>, Failure> {
+    let wal = data.join("pg_wal");
+    let is_elsewhere = wal.is_symlink() || wal.exists() && !is_same_mount(data, &wal);
+    is_elsewhere.then(|| Place::of(&wal)).transpose()
 }
 
 /// The data directory alone: it's restored over, and nothing is staged.
@@ -180,8 +196,17 @@ pub fn lay_out_data(data: &Place, id: SwitchId, purpose: &Purpose) -> Root {
     Root { staged: None, ..data.root(Role::Data, id, purpose) }
 }
 
+/// The name of the directory that a tablespace has of this server's version.
+///
+/// # Errors
+/// If the version can't be read.
+pub fn version_directory(pgdata: &DataDirectory) -> Result<String, Failure> {
+    Ok(tablespace_version_directory(major_version(pgdata)?, pgdata.control()?.catalog_version))
+}
+
 fn major_version(pgdata: &DataDirectory) -> Result<u32, Failure> {
-    let path = pgdata.path().join("PG_VERSION");
+    let open = pgdata.path().join("PG_VERSION");
+    let path = if open.exists() { open } else { pgdata.path().join(SHUT) };
     let text = fs::read_to_string(&path).map_err(|error| Failure::io(format!("reading {}", path.display()), &error))?;
     text.trim().parse().map_err(|_| Failure::new(Code::DataDirectory, format!("{} has no version", path.display())))
 }
@@ -190,19 +215,31 @@ fn major_version(pgdata: &DataDirectory) -> Result<u32, Failure> {
 ///
 /// # Errors
 /// If they can't be looked at.
-pub fn live_tablespaces(pgdata: &DataDirectory) -> Result<Vec<PathBuf>, Failure> {
-    let path = pgdata.path().join("pg_tblspc");
+pub fn live_tablespaces(data: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let links = tablespace_links(data)?;
+    // One that leads nowhere has nothing to be kept.
+    Ok(links.into_iter().filter_map(|link| link.canonicalize().ok()).collect())
+}
+
+/// The links in `pg_tblspc`, wherever they lead.
+///
+/// # Errors
+/// If they can't be looked at.
+pub fn tablespace_links(data: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let path = data.join("pg_tblspc");
     let unreadable = |error: &io::Error| Failure::io(format!("reading {}", path.display()), error);
-    let mut locations = Vec::new();
-    for entry in fs::read_dir(&path).map_err(|error| unreadable(&error))? {
+    let mut links = Vec::new();
+    let entries = match fs::read_dir(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(links),
+        entries => entries.map_err(|error| unreadable(&error))?,
+    };
+    for entry in entries {
         let entry = entry.map_err(|error| unreadable(&error))?;
-        let is_link = entry.file_type().map_err(|error| unreadable(&error))?.is_symlink();
-        // One that leads nowhere has nothing to be kept.
-        if is_link && let Ok(location) = entry.path().canonicalize() {
-            locations.push(location);
+        if entry.file_type().map_err(|error| unreadable(&error))?.is_symlink() {
+            links.push(entry.path());
         }
     }
-    Ok(locations)
+    Ok(links)
 }
 
 /// The inode at a path; `None` if nothing is there.

@@ -9,47 +9,88 @@ use std::{
 };
 
 use pgsidecar_core::{
-    ArchiveFileName, TimelineId, WalHeader,
+    ArchiveFileName, SegmentName, TimelineHistory, TimelineId, WalHeader,
     switch::{Role, Switch},
 };
 
 use crate::{failure::Failure, pgdata::DataDirectory};
 
-/// Copies the segments of this timeline that aren't marked as archived to the new pg_wal, and the timeline's history. Done
-/// again, it does the same again.
+/// Copies the segments of this timeline, and of those from which it comes, that aren't marked as archived or lie behind
+/// what the archive had (`through`) to the new pg_wal, and the timeline's history. Done again, it does the same again.
 ///
 /// # Errors
 /// If they can't be read or written.
-pub fn take_along(switch: &Switch, timeline: TimelineId) -> Result<(), Failure> {
-    let Some(root) = switch.data() else { return Ok(()) };
-    let Some(staged) = root.staged.as_deref() else { return Ok(()) };
-    let elsewhere = switch.roots.iter().find(|root| root.role == Role::Wal).and_then(|root| root.staged.clone());
-    let to = elsewhere.unwrap_or_else(|| staged.join("pg_wal"));
-    let taken = copy_unarchived(&root.live, &to, Some(timeline))?;
+pub fn take_along(switch: &Switch, timeline: TimelineId, through: Option<SegmentName>) -> Result<(), Failure> {
+    let (Some(root), Some(to)) = (switch.data(), staged_wal(switch)) else { return Ok(()) };
+    let taken = put_unarchived(&root.live, &to, Some((timeline, through)), &copy)?;
     tracing::info!(files = taken, "WAL that isn't archived was taken along");
     Ok(())
 }
 
-/// Copies the segments that aren't marked as archived, of this timeline or of all, and histories.
-fn copy_unarchived(data: &Path, to: &Path, timeline: Option<TimelineId>) -> Result<usize, Failure> {
+/// Where the WAL of what is staged is.
+fn staged_wal(switch: &Switch) -> Option<PathBuf> {
+    let elsewhere = switch.roots.iter().find(|root| root.role == Role::Wal);
+    match elsewhere {
+        Some(root) => root.staged.clone(),
+        None => Some(switch.data()?.staged.as_deref()?.join("pg_wal")),
+    }
+}
+
+/// Copies the timeline histories that what is there has and what comes back hasn't.
+///
+/// # Errors
+/// If they can't be read or written.
+pub fn take_histories(switch: &Switch) -> Result<(), Failure> {
+    let (Some(root), Some(to)) = (switch.data(), staged_wal(switch)) else { return Ok(()) };
+    for path in files(&root.live.join("pg_wal"))? {
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        if matches!(name.parse(), Ok(ArchiveFileName::History(_))) && !to.join(name).exists() {
+            copy(&path, &to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
+        }
+    }
+    let synced = File::open(&to).and_then(|directory| directory.sync_all());
+    synced.map_err(|error| Failure::io(format!("syncing {}", to.display()), &error))
+}
+
+/// Puts the segments that aren't marked as archived, on the way to a timeline or of all, and histories into another
+/// directory; of those on the way all that lie behind what an archive had.
+fn put_unarchived(
+    data: &Path,
+    to: &Path,
+    on_the_way: Option<(TimelineId, Option<SegmentName>)>,
+    put: &dyn Fn(&Path, &Path) -> io::Result<()>,
+) -> Result<usize, Failure> {
     let pgdata = DataDirectory::open(data)?;
-    let size = pgdata.control()?.wal_segment_size;
+    let size = match pgdata.control() {
+        Ok(control) => control.wal_segment_size,
+        // The restore is what repairs it.
+        Err(failure) => {
+            tracing::warn!("{failure}: WAL that isn't archived can't be told from the rest, and none is taken along");
+            return Ok(0);
+        }
+    };
+    let way = on_the_way.map(|(timeline, _)| way_to(&pgdata, timeline));
+    let archive_end = on_the_way.and_then(|(_, through)| through?.start(size));
     let mut taken = 0;
     for path in files(&pgdata.wal())? {
         let Some(Ok(name)) = path.file_name().and_then(|name| name.to_str()).map(str::parse::<ArchiveFileName>) else {
             continue;
         };
-        let is_of = |of: TimelineId| timeline.is_none_or(|timeline| of == timeline);
         let wanted = match name {
             ArchiveFileName::Segment(segment) => {
-                let archived = pgdata.is_finished(&name) && !pgdata.is_ready(&name);
-                is_of(segment.timeline()) && !archived && is_in_place(&path, segment.start(size))
+                let start = segment.start(size);
+                let number = start.map(|start| size.segment_number(start));
+                let of = |way: &TimelineHistory| number.and_then(|number| way.timeline_of_segment(number, size));
+                let is_on_the_way = way.as_ref().is_none_or(|way| of(way) == Some(segment.timeline()));
+                let is_archived = pgdata.is_finished(&name) && !pgdata.is_ready(&name);
+                let is_behind = archive_end.is_some_and(|end| start >= Some(end));
+                is_on_the_way && (!is_archived || is_behind) && is_in_place(&path, start)
             }
-            ArchiveFileName::History(of) => is_of(of),
+            ArchiveFileName::History(of) => on_the_way.is_none_or(|(timeline, _)| of == timeline),
             _ => false,
         };
         if wanted {
-            copy(&path, to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
+            put(&path, to).map_err(|error| Failure::io(format!("copying {}", path.display()), &error))?;
             taken += 1;
         }
     }
@@ -58,15 +99,35 @@ fn copy_unarchived(data: &Path, to: &Path, timeline: Option<TimelineId>) -> Resu
     Ok(taken)
 }
 
-/// Copies WAL that is nowhere else to `kept/pg_wal`, before a database is restored over.
+/// The history of a timeline, as far as pg_wal has it.
+fn way_to(pgdata: &DataDirectory, timeline: TimelineId) -> TimelineHistory {
+    let path = pgdata.wal().join(ArchiveFileName::History(timeline).to_string());
+    let history = fs::read(path).ok().and_then(|text| TimelineHistory::parse(timeline, &text).ok());
+    history.unwrap_or_else(|| TimelineHistory::first(timeline))
+}
+
+/// Keeps WAL that is nowhere else in `kept/pg_wal`, before a database is restored over. Only what `stays` in its place to be
+/// replayed, that of this timeline, takes room twice.
 ///
 /// # Errors
 /// If it can't be read or written.
-pub fn save(data: &Path, kept: &Path) -> Result<(), Failure> {
+pub fn save(data: &Path, kept: &Path, stays: Option<TimelineId>) -> Result<(), Failure> {
     let to = kept.join("pg_wal");
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(&to);
-    made.map_err(|error| Failure::io(format!("creating {}", to.display()), &error))?;
-    let saved = copy_unarchived(data, &to, None)?;
+    let make = || -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&to)?;
+        if rustix::process::geteuid().is_root() {
+            let like = fs::metadata(data)?;
+            [kept, &to].iter().try_for_each(|made| chown(made, Some(like.uid()), Some(like.gid())))?;
+        }
+        Ok(())
+    };
+    make().map_err(|error| Failure::io(format!("creating {}", to.display()), &error))?;
+    let put = |from: &Path, to: &Path| {
+        let name = from.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let is_replayed = stays.is_some() && name.parse().ok().and_then(|name| timeline_of(&name)) == stays;
+        if is_replayed { copy(from, to) } else { link(from, to).or_else(|_| copy(from, to)) }
+    };
+    let saved = put_unarchived(data, &to, None, &put)?;
     tracing::info!(files = saved, kept = %to.display(), "WAL that isn't archived is kept");
     Ok(())
 }
@@ -78,14 +139,26 @@ pub fn save(data: &Path, kept: &Path) -> Result<(), Failure> {
 pub fn saved(kept: &Path, timeline: TimelineId) -> Result<Vec<String>, Failure> {
     let names = files(&kept.join("pg_wal"))?.into_iter().filter_map(|path| {
         let name = path.file_name()?.to_str()?.to_owned();
-        let of = match name.parse().ok()? {
-            ArchiveFileName::Segment(segment) => segment.timeline(),
-            ArchiveFileName::History(of) => of,
-            _ => return None,
-        };
-        (of == timeline).then_some(name)
+        (timeline_of(&name.parse().ok()?) == Some(timeline)).then_some(name)
     });
     Ok(names.collect())
+}
+
+fn timeline_of(name: &ArchiveFileName) -> Option<TimelineId> {
+    match name {
+        ArchiveFileName::Segment(segment) => Some(segment.timeline()),
+        ArchiveFileName::History(timeline) => Some(*timeline),
+        _ => None,
+    }
+}
+
+/// A second name, on the same file system.
+fn link(from: &Path, directory: &Path) -> io::Result<()> {
+    let Some(name) = from.file_name() else { return Ok(()) };
+    match fs::remove_file(directory.join(name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => fs::hard_link(from, directory.join(name)),
+    }
 }
 
 fn files(directory: &Path) -> Result<Vec<PathBuf>, Failure> {

@@ -20,6 +20,7 @@ mod drills;
 mod failover;
 mod hardened;
 mod in_place;
+mod in_place_safety;
 mod incremental_formats;
 mod memory;
 mod misconfiguration;

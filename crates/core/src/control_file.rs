@@ -71,6 +71,8 @@ pub struct ControlFile {
     pub next_xid: u64,
     /// How far recovery must go before the data directory is consistent; set during archive recovery only.
     pub minimum_recovery_point: Lsn,
+    /// On which timeline that is; a promotion sets it before its first checkpoint is there.
+    pub minimum_recovery_timeline: Option<TimelineId>,
     /// The redo point of the backup that is being restored, until the end of that backup is reached.
     pub backup_start_point: Lsn,
     /// 0 is `minimal`, 1 `replica`, 2 `logical`.
@@ -154,6 +156,11 @@ fn crc_offset(version: u32) -> Option<usize> {
 }
 
 impl ControlFile {
+    /// The timeline on which the server was at last: it may have been promoted since its last checkpoint.
+    pub fn newest_timeline(&self) -> TimelineId {
+        self.minimum_recovery_timeline.map_or(self.timeline, |newest| newest.max(self.timeline))
+    }
+
     /// Reads a control file. Its first 512 bytes are enough: PostgreSQL keeps the content within a disk sector.
     ///
     /// # Errors
@@ -193,6 +200,7 @@ impl ControlFile {
             previous_timeline: timeline_at("checkPointCopy.PrevTimeLineID", 52)?,
             next_xid: u64_at(64)?,
             minimum_recovery_point: lsn_at(136)?,
+            minimum_recovery_timeline: TimelineId::new(u32_at(144)?),
             backup_start_point: lsn_at(152)?,
             wal_level: u32_at(172)?.cast_signed(),
             max_prepared_transactions: u32_at(192)?,
@@ -247,6 +255,7 @@ mod tests {
             previous_timeline: TimelineId::FIRST,
             next_xid: 726,
             minimum_recovery_point: lsn("0/900028"),
+            minimum_recovery_timeline: Some(TimelineId::FIRST),
             backup_start_point: lsn("0/900028"),
             wal_level: 2,
             max_prepared_transactions: 0,
@@ -273,6 +282,7 @@ mod tests {
             previous_timeline: TimelineId::FIRST,
             next_xid: 3 << 32 | 1048576,
             minimum_recovery_point: Lsn::INVALID,
+            minimum_recovery_timeline: None,
             backup_start_point: Lsn::INVALID,
             wal_level: 0,
             max_prepared_transactions: 0,

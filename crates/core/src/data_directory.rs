@@ -90,6 +90,37 @@ fn skipped(path: &str) -> bool {
         || path.split('/').any(|component| LEFT_OUT_PREFIXES.iter().any(|prefix| component.starts_with(prefix)))
 }
 
+/// The directories that every data directory has: a server doesn't start without some of them.
+/// Source: `subdirs` in src/bin/initdb/initdb.c, 14 to 18, but for those of databases and in pg_wal.
+pub const STANDARD_DIRECTORIES: [&str; 20] = [
+    "base",
+    "global",
+    "pg_commit_ts",
+    "pg_dynshmem",
+    "pg_logical",
+    "pg_logical/mappings",
+    "pg_logical/snapshots",
+    "pg_multixact",
+    "pg_multixact/members",
+    "pg_multixact/offsets",
+    "pg_notify",
+    "pg_replslot",
+    "pg_serial",
+    "pg_snapshots",
+    "pg_stat",
+    "pg_stat_tmp",
+    "pg_subtrans",
+    "pg_tblspc",
+    "pg_twophase",
+    "pg_xact",
+];
+
+/// Whether what lies below this path is PostgreSQL's own and no person's: the path's first component is one of
+/// [`STANDARD_DIRECTORIES`].
+pub fn is_standard(path: &str) -> bool {
+    path.split('/').next().is_some_and(|top| STANDARD_DIRECTORIES.contains(&top))
+}
+
 /// The directories that a server of this major version expects inside an otherwise empty pg_wal.
 pub fn empty_wal_subdirectories(major: u32) -> &'static [&'static str] {
     if major >= 17 { &["archive_status", "summaries"] } else { &["archive_status"] }

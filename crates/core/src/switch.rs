@@ -17,13 +17,14 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{
-    BackupId, ParseIdError, SystemIdentifier, TimelineId,
+    BackupId, ParseIdError, SegmentName, SystemIdentifier, TimelineId,
     backup::{format_id_time, parse_id_time},
     recovery::RestoreOrder,
 };
 
-/// What stands inside a directory of PostgreSQL's begins like this: PostgreSQL's own base backup, pg_rewind and
-/// pg_checksums leave such names out (PG_TEMP_FILE_PREFIX), and so do our backups.
+/// What stands inside a directory of PostgreSQL's begins like this: PostgreSQL's own base backup and pg_checksums leave such
+/// names out (PG_TEMP_FILE_PREFIX), and so do our backups. pg_rewind doesn't copy them, but removes those that only its
+/// target has.
 const INSIDE_PREFIX: &str = "pgsql_tmp.";
 
 /// The identity of a switch: when it was asked for (UTC, to the second), `20261121T061500Z`.
@@ -148,6 +149,10 @@ pub enum Purpose {
         timeline: TimelineId,
         /// Whether all WAL is wanted: what the old directory has and the archive hasn't is taken along.
         to_the_end: bool,
+        /// Up to which segment the archive had all when it was planned: what the old directory has from there on is taken
+        /// along whatever it's marked as. A mark says that a command succeeded, not that the WAL is in this archive.
+        #[serde(default)]
+        wal_through: Option<SegmentName>,
     },
     /// A restore over the database that is there: what it has is overwritten.
     Replace {
@@ -239,6 +244,9 @@ pub struct Switch {
     pub phase: Phase,
     /// The database's directories, the data directory last.
     pub roots: Vec<Root>,
+    /// Why it wasn't carried out when PostgreSQL was started: it was started on the database as it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 impl Switch {
@@ -430,7 +438,9 @@ mod tests {
                 target: "the end of the archive".to_owned(),
                 timeline: TimelineId::FIRST,
                 to_the_end: true,
+                wal_through: Some("000000010000000000000003".parse().unwrap()),
             },
+            refused: Some("a server runs on it".to_owned()),
             phase: Phase::Ready,
             roots: vec![root(Some(1), Some(2)), Root { way: Way::Content { parted: false }, ..root(None, Some(3)) }],
         };

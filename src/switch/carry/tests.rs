@@ -27,6 +27,11 @@ impl Database {
         for file in ["data/PG_VERSION", "data/base/rows", "wal/segment", "space/PG_15_1/rows"] {
             fs::write(root.join(file), "old").unwrap();
         }
+        if !alone {
+            std::os::unix::fs::symlink(root.join("wal"), root.join("data/pg_wal")).unwrap();
+            fs::create_dir(root.join("data/pg_tblspc")).unwrap();
+            std::os::unix::fs::symlink(root.join("space"), root.join("data/pg_tblspc/16400")).unwrap();
+        }
         let path = root.join("data");
         let beside = if as_content { Beside::inside(&path) } else { Beside::next_to(&path).unwrap() };
         let database =
@@ -43,6 +48,7 @@ impl Database {
             files.iter().for_each(|file| fs::write(staged.join(file), "new").unwrap());
         }
         make_ready(&mut switch).unwrap();
+        shut_staged(&switch).unwrap();
         note::write_pending(&database.data, &switch).unwrap();
         database
     }
@@ -54,6 +60,7 @@ impl Database {
             target: "a time".to_owned(),
             timeline: pgsidecar_core::TimelineId::FIRST,
             to_the_end: false,
+            wal_through: None,
         };
         let id: SwitchId = ID.parse().unwrap();
         let way = if self.as_content { Way::Content { parted: false } } else { Way::Whole };
@@ -77,13 +84,13 @@ impl Database {
         if self.alone {
             roots.drain(..2);
         }
-        Switch { id, purpose, phase: Phase::Staging, roots }
+        Switch { id, purpose, phase: Phase::Staging, roots, refused: None }
     }
 
     /// Carries it out, but ends at the step of this number. Answers with whether it came to its end.
     fn carry(&self, end_at: usize) -> bool {
         let mut step = 0;
-        let ended = carry_out_at(&self.data, &mut |_| {
+        let ended = carry_out_at(&self.data, Stopped::Unknown, &mut |_| {
             step += 1;
             if step > end_at { Err(Failure::internal("ended here")) } else { Ok(()) }
         });
@@ -116,17 +123,28 @@ impl Database {
         if self.data.path.join("PG_VERSION").exists() {
             assert!(self.content().is_some(), "step {when}: PostgreSQL would start on a mix");
         }
+        // What is staged or kept has links to WAL and tablespaces of another database.
+        let root = self.switch().roots.pop().unwrap();
+        let beside = [root.kept, root.staged.unwrap()];
+        let starts = beside.iter().any(|beside| beside.join("PG_VERSION").exists());
+        assert!(!starts || self.is_exchanged(), "step {when}: PostgreSQL would start on half a database");
+    }
+
+    /// Whether one exchange of two names is all.
+    fn is_exchanged(&self) -> bool {
+        self.alone && !self.as_content
     }
 
     fn check_kept(&self) {
         for root in self.switch().roots {
             let file = match root.role {
-                Role::Data => "PG_VERSION",
+                Role::Data if self.is_exchanged() => "PG_VERSION",
+                Role::Data => SHUT,
                 Role::Wal => "segment",
                 Role::Tablespace => "rows",
             };
             assert_eq!(fs::read_to_string(root.kept.join(file)).unwrap(), "old", "{root:?}");
-            assert!(!root.kept.join(SHUT).exists() && !root.live.join(SHUT).exists());
+            assert!(!root.live.join(SHUT).exists());
             assert!(!root.staged.unwrap().exists());
         }
         assert_eq!(note::done(&self.data).unwrap().len(), 1);
@@ -167,7 +185,7 @@ fn what_somebody_else_has_touched_is_refused_before_anything_is_changed() {
     let root = database.scratch.path();
     fs::rename(root.join("wal"), root.join("away")).unwrap();
     fs::create_dir(root.join("wal")).unwrap();
-    let refused = carry_out_at(&database.data, &mut |_| Ok(())).unwrap_err();
+    let refused = carry_out_at(&database.data, Stopped::Unknown, &mut |_| Ok(())).unwrap_err();
     assert!(
         refused.message.contains("isn't as it was") && refused.message.contains("nothing was changed"),
         "{refused}"
@@ -183,7 +201,62 @@ fn what_somebody_else_has_touched_is_refused_before_anything_is_changed() {
 fn one_at_a_time() {
     let database = Database::new(true, false);
     let held = lock(&database.data).unwrap();
-    assert_eq!(carry_out_at(&database.data, &mut |_| Ok(())).unwrap_err().code, Code::Busy);
+    assert_eq!(carry_out_at(&database.data, Stopped::Unknown, &mut |_| Ok(())).unwrap_err().code, Code::Busy);
     drop(held);
     assert!(database.carry(usize::MAX));
+}
+
+#[test]
+fn a_tablespace_that_was_made_since_goes_with_the_old_database() {
+    let database = Database::new(false, false);
+    let root = database.scratch.path().canonicalize().unwrap();
+    fs::create_dir_all(root.join("later/PG_15_202209061")).unwrap();
+    fs::write(root.join("later/PG_15_202209061/rows"), "old").unwrap();
+    std::os::unix::fs::symlink(root.join("later"), database.data.path.join("pg_tblspc/16500")).unwrap();
+    let control = include_bytes!("../../../crates/core/tests/fixtures/pg_control-15");
+    fs::create_dir(database.data.path.join("global")).unwrap();
+    fs::write(database.data.path.join("global/pg_control"), control).unwrap();
+    fs::write(database.data.path.join("PG_VERSION"), "15").unwrap();
+    assert!(database.carry(usize::MAX));
+    assert!(!root.join("later/PG_15_202209061").exists(), "both databases would write to it");
+    let kept = root.join(format!("later/pgsql_tmp.before-restore-{ID}"));
+    assert_eq!(fs::read_to_string(kept.join("rows")).unwrap(), "old");
+}
+
+#[test]
+fn one_that_was_noted_and_has_touched_nothing_is_looked_at_again() {
+    for (alone, as_content) in [(true, false), (false, true)] {
+        let database = Database::new(alone, as_content);
+        let noted = |phase| Switch { phase, ..note::pending(&database.data).unwrap().unwrap() };
+        note::write_pending(&database.data, &noted(Phase::Switching)).unwrap();
+        // A server has been started since: its socket is where its file says.
+        let socket = database.scratch.path().join(".s.PGSQL.5433");
+        let listening = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let (pid_file, at) = (database.data.path.join("postmaster.pid"), database.scratch.path().display());
+        fs::write(&pid_file, format!("71\n/data\n1763714000\n5433\n{at}\n\n 1 1\nready\n")).unwrap();
+        let refused = carry_out_at(&database.data, Stopped::BeforeItsStart, &mut |_| Ok(())).unwrap_err();
+        assert!(refused.message.contains("a server runs on"), "{refused}");
+        assert_eq!(database.content().as_deref(), Some("old"));
+        assert_eq!(noted(Phase::Ready), note::pending(&database.data).unwrap().unwrap());
+
+        // And one that comes after the first look.
+        drop(listening);
+        fs::remove_file(&socket).unwrap();
+        let mut later = None;
+        let refused = carry_out_at(&database.data, Stopped::BeforeItsStart, &mut |step| {
+            if step == "note that it begins" {
+                later = Some(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+            }
+            Ok(())
+        });
+        let refused = refused.unwrap_err();
+        assert!(refused.message.contains("a server runs on"), "{refused}");
+        assert!(!refused.hint.contains("doesn't start"), "{}", refused.hint);
+        assert_eq!(database.content().as_deref(), Some("old"));
+        drop(later);
+        fs::remove_file(&pid_file).unwrap();
+        // Taken back, it leaves the database as it was.
+        crate::switch::cancel(&database.data.path).unwrap();
+        assert_eq!(database.content().as_deref(), Some("old"));
+    }
 }
