@@ -26,6 +26,7 @@ pub mod plan;
 pub mod prepare;
 pub mod recovery;
 pub mod restore_point;
+pub mod schedule;
 pub mod settings;
 pub mod snapshot;
 pub mod standby;
