@@ -22,6 +22,7 @@ pub mod progress;
 pub mod repository;
 pub mod restore;
 pub mod restore_point;
+pub mod schedule;
 pub mod settings;
 pub mod side;
 pub mod snapshot;

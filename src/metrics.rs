@@ -3,11 +3,16 @@
 use pgsidecar_core::drill::DrillOutcome;
 use prometheus_client::{
     encoding::text::encode,
-    metrics::{counter::ConstCounter, gauge::ConstGauge, info::Info},
+    metrics::{
+        counter::ConstCounter,
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        info::Info,
+    },
     registry::Registry,
 };
 
-use crate::{daemon::Status, failure::Failure};
+use crate::{daemon::Status, failure::Failure, schedule::ScheduleStatus};
 
 /// Renders what the status says.
 ///
@@ -122,9 +127,36 @@ pub fn render(status: &Status) -> Result<String, Failure> {
             flag(drill.outcome == DrillOutcome::Passed),
         );
     }
+    schedules(&mut registry, &status.schedule);
     let mut text = String::new();
     encode(&mut text, &registry).map_err(Failure::internal)?;
     Ok(text)
+}
+
+/// One series a task.
+fn schedules(registry: &mut Registry, tasks: &[ScheduleStatus]) {
+    type OfTasks = Family<Vec<(&'static str, String)>, Gauge>;
+    let mut register = |name: &str, help: &str, value: &dyn Fn(&ScheduleStatus) -> Option<i64>| {
+        let family = OfTasks::default();
+        for task in tasks {
+            if let Some(value) = value(task) {
+                family.get_or_create(&vec![("task", task.task.to_string())]).set(value);
+            }
+        }
+        registry.register(name, help, family);
+    };
+    if tasks.is_empty() {
+        return;
+    }
+    register("schedule_next_timestamp_seconds", "When a scheduled task begins next", &|task| {
+        task.next.map(|next| next.as_second())
+    });
+    register("schedule_last_success_timestamp_seconds", "When it was done last", &|task| {
+        task.last_success.as_ref().map(|last| last.ended_at.as_second())
+    });
+    register("schedule_consecutive_failures", "How many runs have failed since then, while this daemon ran", &|task| {
+        Some(i64::from(task.failures))
+    });
 }
 
 fn flag(set: bool) -> ConstGauge<i64> {

@@ -7,6 +7,7 @@ mod drills;
 mod listing;
 mod partly;
 mod restore_points;
+mod runs;
 mod snapshots;
 mod stored;
 

@@ -12,6 +12,7 @@ pub mod prepare;
 pub mod progress;
 pub mod restore;
 pub mod restore_point;
+pub mod schedule;
 pub mod side;
 pub mod snapshot;
 pub mod status;
@@ -69,6 +70,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Show how the daemon stands: archiving, the last backup, what is wrong
     Status(OutputArgs),
+    /// Show what is done by schedule: when next, and how it went
+    Schedule(schedule::ScheduleArgs),
     /// Base backups
     #[command(subcommand)]
     Backup(backup::BackupCommand),
@@ -151,6 +154,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Prepare(args) => prepare::run(settings, &args).await.map(done),
         Command::Check(args) => check::run(settings, &args).await,
         Command::Status(args) => status::run(settings, args).await.map(done),
+        Command::Schedule(args) => schedule::run(settings, &args).await.map(done),
         Command::Backup(command) => backup::run(settings, command).await,
         Command::Snapshot(command) => snapshot::run(settings, command).await.map(done),
         Command::Restore(command) => restore::run(settings, command).await.map(done),

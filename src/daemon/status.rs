@@ -11,6 +11,7 @@ use crate::{
     failure::{Code, Failure},
     jobs::Snapshot,
     repository::Repository,
+    schedule::ScheduleStatus,
     store::ConditionalCreation,
     switch,
     wal::{directory::DirectoryStatus, statistics::ArchiveStatistics},
@@ -77,6 +78,8 @@ pub struct Status {
     pub restores: Option<RestoresStatus>,
     /// The last drill of the last 400 days that was recorded; unknown while the store can't be reached.
     pub last_drill: Option<LastDrill>,
+    /// What is done by schedule: when next, and how it went.
+    pub schedule: Vec<ScheduleStatus>,
     /// The job that was started last.
     pub last_job: Option<Snapshot>,
 }
@@ -124,8 +127,10 @@ impl App {
             last_backup: None,
             restores: None,
             last_drill: None,
+            schedule: self.schedule_status(),
             last_job: self.jobs.last().map(|job| job.snapshot()),
         };
+        status.problems.extend(status.schedule.iter().filter_map(ScheduleStatus::problem));
         match &self.work {
             Err(failure) => status.problems.push(failure.clone()),
             Ok(work) => work.describe(&mut status).await,

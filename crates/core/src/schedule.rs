@@ -151,8 +151,7 @@ const PUNCTUAL: SignedDuration = SignedDuration::from_mins(5);
 const FIRST_RETRY: SignedDuration = SignedDuration::from_mins(1);
 /// How long at most.
 const LONGEST_RETRY: SignedDuration = SignedDuration::from_hours(1);
-/// How far ahead of the clock a record may lie: clocks differ, and are set. What is farther ahead was written by a clock
-/// that was wrong, and must not keep the schedule still until then.
+/// How far ahead of the clock a record may lie: clocks differ, and are set.
 const AHEAD: SignedDuration = SignedDuration::from_hours(24);
 
 impl Schedule {
@@ -184,6 +183,12 @@ impl Schedule {
         Slot { time, begins: time.checked_add(SignedDuration::from_secs(delay)).unwrap_or(time) }
     }
 
+    /// Whether a record for this time can be right. What lies farther ahead of the clock than clocks differ was written
+    /// by one that was wrong, and must not keep the schedule still until then.
+    pub fn trusts(time: Timestamp, now: Timestamp) -> bool {
+        time.duration_since(now) <= AHEAD
+    }
+
     /// The runs after this time.
     pub fn after(&self, after: Timestamp) -> impl Iterator<Item = Slot> {
         let next = |after: Timestamp| self.cron.next_after(after, &self.zone);
@@ -192,8 +197,7 @@ impl Schedule {
 
     /// What is to be done now. Of several runs that were missed, the last one makes up for all.
     pub fn decide(&self, now: Timestamp, state: &TaskState) -> Decision {
-        let trusted = |from: &Timestamp| from.duration_since(now) <= AHEAD;
-        let Some(from) = state.counts_from.filter(trusted) else { return Decision::Begin };
+        let Some(from) = state.counts_from.filter(|from| Schedule::trusts(*from, now)) else { return Decision::Begin };
         let Some(time) = self.cron.last_within(from, now, &self.zone) else {
             return self.after(from.max(now)).next().map_or(Decision::Never, Decision::Wait);
         };
