@@ -23,6 +23,7 @@ pub mod repository;
 pub mod restore;
 pub mod restore_point;
 pub mod retention;
+pub mod schedule;
 pub mod settings;
 pub mod side;
 pub mod snapshot;

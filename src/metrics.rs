@@ -14,7 +14,7 @@ use prometheus_client::{
 
 use pgsidecar_core::retention::{Growth, GrowthOf};
 
-use crate::{daemon::Status, failure::Failure};
+use crate::{daemon::Status, failure::Failure, schedule::ScheduleStatus};
 
 /// Renders what the status says.
 ///
@@ -132,6 +132,7 @@ pub fn render(status: &Status) -> Result<String, Failure> {
     if let Some(growth) = &status.growth {
         register_growth(&mut registry, growth);
     }
+    schedules(&mut registry, &status.schedule);
     let mut text = String::new();
     encode(&mut text, &registry).map_err(Failure::internal)?;
     Ok(text)
@@ -156,6 +157,32 @@ fn register_growth(registry: &mut Registry, growth: &Growth) {
         }
         registry.register(name, help, family);
     }
+}
+
+/// One series a task.
+fn schedules(registry: &mut Registry, tasks: &[ScheduleStatus]) {
+    type OfTasks = Family<Vec<(&'static str, String)>, Gauge>;
+    let mut register = |name: &str, help: &str, value: &dyn Fn(&ScheduleStatus) -> Option<i64>| {
+        let family = OfTasks::default();
+        for task in tasks {
+            if let Some(value) = value(task) {
+                family.get_or_create(&vec![("task", task.task.to_string())]).set(value);
+            }
+        }
+        registry.register(name, help, family);
+    };
+    if tasks.is_empty() {
+        return;
+    }
+    register("schedule_next_timestamp_seconds", "When a scheduled task begins next", &|task| {
+        task.next.map(|next| next.as_second())
+    });
+    register("schedule_last_success_timestamp_seconds", "When it was done last", &|task| {
+        task.last_success.as_ref().map(|last| last.ended_at.as_second())
+    });
+    register("schedule_consecutive_failures", "How many runs have failed since then, while this daemon ran", &|task| {
+        Some(i64::from(task.failures))
+    });
 }
 
 fn flag(set: bool) -> ConstGauge<i64> {

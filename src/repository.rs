@@ -8,6 +8,7 @@ mod listing;
 mod partly;
 pub mod pins;
 mod restore_points;
+mod runs;
 mod snapshots;
 mod stored;
 

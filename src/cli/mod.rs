@@ -13,6 +13,7 @@ pub mod progress;
 pub mod restore;
 pub mod restore_point;
 pub mod retention;
+pub mod schedule;
 pub mod side;
 pub mod snapshot;
 pub mod status;
@@ -70,6 +71,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Show how the daemon stands: archiving, the last backup, what is wrong
     Status(OutputArgs),
+    /// Show what is done by schedule: when next, and how it went
+    Schedule(schedule::ScheduleArgs),
     /// Base backups
     #[command(subcommand)]
     Backup(backup::BackupCommand),
@@ -154,6 +157,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Prepare(args) => prepare::run(settings, &args).await.map(done),
         Command::Check(args) => check::run(settings, &args).await,
         Command::Status(args) => status::run(settings, args).await.map(done),
+        Command::Schedule(args) => schedule::run(settings, &args).await.map(done),
         Command::Backup(command) => backup::run(settings, command).await,
         Command::Snapshot(command) => snapshot::run(settings, command).await.map(done),
         Command::Restore(command) => restore::run(settings, command).await.map(done),

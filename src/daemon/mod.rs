@@ -15,6 +15,7 @@ mod fetching;
 mod restore_points;
 pub mod restores;
 mod retention;
+mod schedules;
 mod snapshots;
 mod status;
 
@@ -51,6 +52,7 @@ use crate::{
     pgdata::DataDirectory,
     repository::{Repository, Stored},
     retention::growth::KnownGrowth,
+    schedule::{self, Scheduler},
     settings::{ProcessSettings, Settings, WorkSettings},
     snapshot::Snapshots,
     store::{ConditionalCreation, LocalStore, ReadOnlyStore, S3Config, S3Store, Store},
@@ -106,6 +108,7 @@ pub struct App {
     jobs: Jobs,
     snapshots: Arc<Snapshots>,
     archiver: Arc<Archiver>,
+    scheduler: Scheduler,
     /// What went wrong at the start and doesn't keep the rest from working.
     start_problem: Option<Failure>,
     stopping: AtomicBool,
@@ -157,6 +160,7 @@ impl App {
             jobs: Jobs::default(),
             snapshots: Arc::default(),
             archiver: Arc::default(),
+            scheduler: Scheduler::default(),
             start_problem,
             stopping: AtomicBool::new(false),
         }
@@ -374,6 +378,7 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
         ),
     }
     let start_work = tokio::spawn(start_work(app.clone(), stop.clone()));
+    let scheduled = tokio::spawn(schedule::run(app.clone(), signalled.clone()));
     let mut servers = tokio::task::JoinSet::new();
     servers.spawn(http::serve(Listener::Tcp(wal), with(&app, http::wal::handle), stop.clone()));
     servers.spawn(http::serve(Listener::Tcp(health), with(&app, http::health::handle), stop.clone()));
@@ -398,6 +403,7 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
         ),
     }
     start_work.abort();
+    scheduled.abort();
     let _ = std::fs::remove_file(control_socket);
     Ok(())
 }

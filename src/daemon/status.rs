@@ -11,6 +11,7 @@ use crate::{
     failure::{Code, Failure},
     jobs::Snapshot,
     repository::Repository,
+    schedule::ScheduleStatus,
     store::ConditionalCreation,
     switch,
     wal::{directory::DirectoryStatus, statistics::ArchiveStatistics},
@@ -79,6 +80,8 @@ pub struct Status {
     pub last_drill: Option<LastDrill>,
     /// How the repository grows, and what the retention in force holds it at; unknown for a while after the start.
     pub growth: Option<Growth>,
+    /// What is done by schedule: when next, and how it went.
+    pub schedule: Vec<ScheduleStatus>,
     /// The job that was started last.
     pub last_job: Option<Snapshot>,
 }
@@ -127,8 +130,10 @@ impl App {
             restores: None,
             last_drill: None,
             growth: None,
+            schedule: self.schedule_status(),
             last_job: self.jobs.last().map(|job| job.snapshot()),
         };
+        status.problems.extend(status.schedule.iter().filter_map(ScheduleStatus::problem));
         match &self.work {
             Err(failure) => status.problems.push(failure.clone()),
             Ok(work) => work.describe(&mut status).await,

@@ -21,6 +21,7 @@
 //! GET  /v1/snapshots             the one that is open, and those in the repository
 //! POST /v1/restore-points        {"name": …, "shipping": …}: makes a restore point; its record
 //! GET  /v1/restore-points        those in the repository
+//! GET  /v1/schedule              what is done by schedule: when next, and how it went
 //! GET  /v1/status
 //! ```
 
@@ -171,6 +172,7 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
             Ok(json(StatusCode::CREATED, &made))
         }
         (&Method::GET, ["v1", "restore-points"]) => Ok(json(StatusCode::OK, &app.restore_points().await?)),
+        (&Method::GET, ["v1", "schedule"]) => Ok(json(StatusCode::OK, &app.schedule()?)),
         (&Method::GET, ["v1", "jobs", id, rest @ ..]) => {
             let job = id
                 .parse()

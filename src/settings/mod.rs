@@ -8,8 +8,10 @@
 mod pod;
 mod prepare;
 mod raw;
+mod schedules;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -18,12 +20,14 @@ use std::{
 
 use pgsidecar_core::{
     retention::{Policy, Redundancy},
+    schedule::{Schedule, Task},
     settings::{CloneSource, ClusterName, RepositoryUrl, parse_bytes, parse_duration},
 };
 
 pub use pod::PodEnvironment;
 pub use prepare::{PrepareSettings, RawPrepare, StartSettings};
 pub use raw::RawSettings;
+pub use schedules::RawSchedules;
 
 use crate::{
     failure::{Code, Failure},
@@ -105,6 +109,8 @@ pub struct WorkSettings {
     pub pg_bindir: Option<PathBuf>,
     /// Where private servers get their directories.
     pub scratch: Option<PathBuf>,
+    /// What is done by schedule, and when.
+    pub schedules: BTreeMap<Task, Schedule>,
 }
 
 /// How S3 is reached. Credentials come from the SDK's chain.
@@ -383,6 +389,7 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
         value.clone().filter(|text| !text.is_empty()).unwrap_or_else(|| default.to_owned())
     };
     let pgdata = resolver.value("PGDATA", raw.pgdata.as_ref(), None, |text| absolute(text).map(Some));
+    let schedules = raw.schedules.resolve(resolver, cluster.as_ref());
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     Some(WorkSettings {
         s3: S3Settings {
@@ -466,6 +473,7 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
         helper: resolver.value("PGSIDECAR_HELPER", raw.helper.as_ref(), default_helper(), absolute),
         pg_bindir: resolver.value("PG_BINDIR", raw.pg_bindir.as_ref(), None, |text| absolute(text).map(Some)),
         scratch: resolver.value("PGSIDECAR_SCRATCH", raw.scratch.as_ref(), None, |text| absolute(text).map(Some)),
+        schedules,
         repository: repository?,
         cluster: cluster?,
     })

@@ -289,6 +289,9 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub server_stop_wait: Option<String>,
+    #[command(flatten)]
+    /// When work is done by itself.
+    pub schedules: super::RawSchedules,
     /// error, warn, info, debug or trace [default: info for the daemon, warn for commands]
     #[arg(
         long,

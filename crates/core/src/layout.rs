@@ -16,6 +16,7 @@
 //!   backups/<id>/backup.json            the commit marker, written last
 //!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
 //!   drills/<id>.json                    how a restore went that was tried out
+//!   runs/<task>/<time>.json             that a scheduled run was done; when its schedule began
 //!   restore-points/<timeline>-<lsn>.json where a named restore point ends, 16 digits; the name is in the record
 //!   dumps/<id>/globals.sql.zst, <database>.dump
 //!   dumps/<id>/dump.json                the commit marker of a dump, written last
@@ -24,7 +25,10 @@
 
 use crate::{
     ArchiveFileName, BackupId, ClusterName, DrillId, DumpId, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
-    SystemIdentifier, TimelineId, key::is_component, prepare::RequestId,
+    SystemIdentifier, TimelineId,
+    key::is_component,
+    prepare::RequestId,
+    schedule::{RunId, Task},
 };
 
 /// How many hexadecimal digits of the content's hash the keys of a `.partial` and of a tail carry.
@@ -56,6 +60,8 @@ pub enum RepositoryObject {
     Snapshot(SnapshotId),
     /// The record of a drill.
     Drill(DrillId),
+    /// `runs/<task>/<time>.json`: that a scheduled run was done.
+    Run(Task, RunId),
     /// The record of the restore point that ends here. A name can be used again: it is no key.
     RestorePoint(TimelineId, Lsn),
     /// An object of a dump.
@@ -169,6 +175,7 @@ impl Layout {
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
             RepositoryObject::Snapshot(id) => format!("snapshots/{id}/snapshot.json"),
             RepositoryObject::Drill(id) => format!("drills/{id}.json"),
+            RepositoryObject::Run(task, id) => format!("runs/{task}/{id}.json"),
             RepositoryObject::RestorePoint(timeline, lsn) => {
                 format!("restore-points/{}-{:016X}.json", timeline.to_hex(), lsn.bytes())
             }
@@ -267,6 +274,11 @@ impl Layout {
         format!("{}drills/", self.prefix())
     }
 
+    /// What the keys of all run records of a task begin with.
+    pub fn runs_prefix(&self, task: Task) -> String {
+        format!("{}runs/{task}/", self.prefix())
+    }
+
     /// What the keys of all restore points begin with.
     pub fn restore_points_prefix(&self) -> String {
         format!("{}restore-points/", self.prefix())
@@ -328,6 +340,9 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
         ["snapshots", id, "snapshot.json"] => Some(RepositoryObject::Snapshot(id.parse().ok()?)),
         ["drills", file] => Some(RepositoryObject::Drill(file.strip_suffix(".json")?.parse().ok()?)),
+        ["runs", task, file] => {
+            Some(RepositoryObject::Run(task.parse().ok()?, file.strip_suffix(".json")?.parse().ok()?))
+        }
         ["restore-points", file] => {
             let (timeline, lsn) = file.strip_suffix(".json")?.split_once('-')?;
             let lsn = u64::from_str_radix(lsn, 16).ok()?;
@@ -435,6 +450,10 @@ mod tests {
             (RepositoryObject::Snapshot(snapshot), "snapshots/20261121T061500Z-snapshot/snapshot.json"),
             (RepositoryObject::Drill(DrillId::new(id.began())), "drills/20261121T061500Z.json"),
             (
+                RepositoryObject::Run(Task::Incremental, RunId::new(id.began())),
+                "runs/incremental/20261121T061500Z.json",
+            ),
+            (
                 RepositoryObject::RestorePoint(segment.timeline(), "3/42000128".parse().unwrap()),
                 "restore-points/0000000A-0000000342000128.json",
             ),
@@ -478,6 +497,8 @@ mod tests {
             "snapshots/20261121T061500Z-snapshot/backup.json",
             "drills/20261121T061500Z-full.json",
             "drills/20261121T061500Z/drill.json",
+            "runs/20261121T061500Z.json",
+            "runs/auto/20261121T061500Z.json",
             "restore-points/0000000A-342000128.json",
             "restore-points/0000000A-+000000342000128.json",
             "restore-points/0000000A-0000000342000aaa.json",

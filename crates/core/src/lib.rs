@@ -28,6 +28,7 @@ pub mod prepare;
 pub mod recovery;
 pub mod restore_point;
 pub mod retention;
+pub mod schedule;
 pub mod settings;
 pub mod snapshot;
 pub mod standby;
