@@ -15,13 +15,19 @@
 //!   backups/<id>/index.jsonl.zst, backup_manifest.zst
 //!   backups/<id>/backup.json            the commit marker, written last
 //!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
+//!   dumps/<id>/started.json             the claim of the id, written first
+//!   dumps/<id>/<database>.dump          a database in pg_dump's custom format, or <database>.plain.sql.zst
+//!   dumps/<id>/globals.sql.zst
+//!   dumps/<id>/dump.json                the commit marker, written last
 //!   drills/<id>.json                    how a restore went that was tried out
 //!   restore-points/<timeline>-<lsn>.json where a named restore point ends, 16 digits; the name is in the record
 //! ```
 
 use crate::{
-    ArchiveFileName, BackupId, ClusterName, DrillId, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
-    SystemIdentifier, TimelineId, prepare::RequestId,
+    ArchiveFileName, BackupId, ClusterName, DrillId, DumpId, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
+    SystemIdentifier, TimelineId,
+    dump::{DatabaseName, DumpFormat},
+    prepare::RequestId,
 };
 
 /// How many hexadecimal digits of the content's hash the keys of a `.partial` and of a tail carry.
@@ -51,6 +57,8 @@ pub enum RepositoryObject {
     Backup(BackupId, BackupObject),
     /// `snapshot.json` of a snapshot.
     Snapshot(SnapshotId),
+    /// An object of a dump.
+    Dump(DumpId, DumpObject),
     /// The record of a drill.
     Drill(DrillId),
     /// The record of the restore point that ends here. A name can be used again: it is no key.
@@ -70,6 +78,19 @@ pub enum BackupObject {
     Index,
     /// A tar archive, by its number from 1 on.
     Part(u32),
+}
+
+/// The objects of a dump.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DumpObject {
+    /// `started.json`: the claim of the dump's id.
+    Started,
+    /// `dump.json`: the commit marker.
+    Record,
+    /// Roles and tablespaces.
+    Globals,
+    /// A database.
+    Database(DatabaseName, DumpFormat),
 }
 
 /// Keys are made of parts that are valid in keys: names in hexadecimal, ids, fixed words.
@@ -140,6 +161,7 @@ impl Layout {
             }
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
             RepositoryObject::Snapshot(id) => format!("snapshots/{id}/snapshot.json"),
+            RepositoryObject::Dump(id, object) => format!("dumps/{id}/{}", object.file_name()),
             RepositoryObject::Drill(id) => format!("drills/{id}.json"),
             RepositoryObject::RestorePoint(timeline, lsn) => {
                 format!("restore-points/{}-{:016X}.json", timeline.to_hex(), lsn.bytes())
@@ -231,6 +253,26 @@ impl Layout {
         prefix.strip_prefix(&self.snapshots_prefix())?.strip_suffix('/')?.parse().ok()
     }
 
+    /// The key of an object of a dump.
+    pub fn dump(&self, id: DumpId, object: DumpObject) -> ObjectKey {
+        self.key(&RepositoryObject::Dump(id, object))
+    }
+
+    /// What the keys of all dumps begin with.
+    pub fn dumps_prefix(&self) -> String {
+        format!("{}dumps/", self.prefix())
+    }
+
+    /// What the keys of one dump begin with.
+    pub fn dump_prefix(&self, id: DumpId) -> String {
+        format!("{}{id}/", self.dumps_prefix())
+    }
+
+    /// The dump whose keys begin with this prefix of a shallow listing of [`Layout::dumps_prefix`].
+    pub fn dump_of_prefix(&self, prefix: &str) -> Option<DumpId> {
+        prefix.strip_prefix(&self.dumps_prefix())?.strip_suffix('/')?.parse().ok()
+    }
+
     /// What the keys of all drills' records begin with.
     pub fn drills_prefix(&self) -> String {
         format!("{}drills/", self.prefix())
@@ -281,6 +323,7 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
         }
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
         ["snapshots", id, "snapshot.json"] => Some(RepositoryObject::Snapshot(id.parse().ok()?)),
+        ["dumps", id, file] => Some(RepositoryObject::Dump(id.parse().ok()?, DumpObject::parse(file)?)),
         ["drills", file] => Some(RepositoryObject::Drill(file.strip_suffix(".json")?.parse().ok()?)),
         ["restore-points", file] => {
             let (timeline, lsn) = file.strip_suffix(".json")?.split_once('-')?;
@@ -328,6 +371,34 @@ impl BackupObject {
     }
 }
 
+/// What follows a database's name in the keys of a plain dump. Names have no dots there: no database is taken for the globals.
+const PLAIN_SUFFIX: &str = ".plain.sql.zst";
+
+impl DumpObject {
+    fn file_name(&self) -> String {
+        match self {
+            DumpObject::Started => "started.json".to_owned(),
+            DumpObject::Record => "dump.json".to_owned(),
+            DumpObject::Globals => "globals.sql.zst".to_owned(),
+            DumpObject::Database(name, DumpFormat::Custom) => format!("{}.dump", name.to_key()),
+            DumpObject::Database(name, DumpFormat::Plain) => format!("{}{PLAIN_SUFFIX}", name.to_key()),
+        }
+    }
+
+    fn parse(file: &str) -> Option<DumpObject> {
+        let database = |key: &str, format| Some(DumpObject::Database(DatabaseName::from_key(key)?, format));
+        match file {
+            "started.json" => Some(DumpObject::Started),
+            "dump.json" => Some(DumpObject::Record),
+            "globals.sql.zst" => Some(DumpObject::Globals),
+            _ => match file.strip_suffix(PLAIN_SUFFIX) {
+                Some(key) => database(key, DumpFormat::Plain),
+                None => database(file.strip_suffix(".dump")?, DumpFormat::Custom),
+            },
+        }
+    }
+}
+
 impl RepositoryObject {
     /// The WAL segment that this object is, if it is one (a whole one, not a `.partial`).
     pub fn segment(&self) -> Option<SegmentName> {
@@ -356,6 +427,7 @@ mod tests {
         let segment: SegmentName = "0000000A0000000300000042".parse().unwrap();
         let id: BackupId = "20261121T061500Z-full".parse().unwrap();
         let snapshot: SnapshotId = "20261121T061500Z-snapshot".parse().unwrap();
+        let dump = DumpId::new(id.began());
         let objects = [
             (RepositoryObject::Cluster, "cluster.json"),
             (RepositoryObject::TimelineOwner(segment.timeline()), "wal/0000000A/owner.json"),
@@ -382,6 +454,17 @@ mod tests {
             (RepositoryObject::Backup(id, BackupObject::Index), "backups/20261121T061500Z-full/index.jsonl.zst"),
             (RepositoryObject::Backup(id, BackupObject::Part(7)), "backups/20261121T061500Z-full/part-00007.tar.zst"),
             (RepositoryObject::Snapshot(snapshot), "snapshots/20261121T061500Z-snapshot/snapshot.json"),
+            (RepositoryObject::Dump(dump, DumpObject::Started), "dumps/20261121T061500Z/started.json"),
+            (RepositoryObject::Dump(dump, DumpObject::Record), "dumps/20261121T061500Z/dump.json"),
+            (RepositoryObject::Dump(dump, DumpObject::Globals), "dumps/20261121T061500Z/globals.sql.zst"),
+            (
+                RepositoryObject::Dump(dump, DumpObject::Database("a/b".parse().unwrap(), DumpFormat::Custom)),
+                "dumps/20261121T061500Z/a=2Fb.dump",
+            ),
+            (
+                RepositoryObject::Dump(dump, DumpObject::Database("globals".parse().unwrap(), DumpFormat::Plain)),
+                "dumps/20261121T061500Z/globals.plain.sql.zst",
+            ),
             (RepositoryObject::Drill(DrillId::new(id.began())), "drills/20261121T061500Z.json"),
             (
                 RepositoryObject::RestorePoint(segment.timeline(), "3/42000128".parse().unwrap()),
@@ -421,6 +504,10 @@ mod tests {
             "backups/20261121T061500Z-snapshot/backup.json",
             "snapshots/20261121T061500Z-full/snapshot.json",
             "snapshots/20261121T061500Z-snapshot/backup.json",
+            "dumps/20261121T061500Z-full/dump.json",
+            "dumps/20261121T061500Z/a.b.dump",
+            "dumps/20261121T061500Z/.dump",
+            "dumps/20261121T061500Z/shop.sql.zst",
             "drills/20261121T061500Z-full.json",
             "drills/20261121T061500Z/drill.json",
             "restore-points/0000000A-342000128.json",
