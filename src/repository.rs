@@ -4,6 +4,7 @@
 //! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
 
 mod drills;
+mod dumps;
 mod listing;
 mod partly;
 mod restore_points;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinHandle};
 
 pub use self::{
+    dumps::DumpClaim,
     listing::{ListedWal, WalListing},
     stored::StoredReader,
 };

@@ -11,6 +11,7 @@
 //! signal exits at once.
 
 mod cloning;
+mod dumps;
 mod fetching;
 mod restore_points;
 pub mod restores;
@@ -67,6 +68,7 @@ const RETRY_START_WORK: Duration = Duration::from_secs(10);
 
 use cloning::Source;
 
+pub use dumps::{FailedDump, LastDump};
 pub use fetching::Wanted;
 pub use status::{ArchiveStatus, LastBackup, LastDrill, RestoresStatus, Status};
 
@@ -122,6 +124,7 @@ struct Work {
     conditional: Mutex<Option<ConditionalCreation>>,
     recoverable: tokio::sync::Mutex<Option<(Instant, Option<LastBackup>)>>,
     drilled: tokio::sync::Mutex<Option<(Instant, Option<LastDrill>)>>,
+    dumped: dumps::Dumped,
 }
 
 impl App {
@@ -144,6 +147,7 @@ impl App {
                     conditional: Mutex::default(),
                     recoverable: tokio::sync::Mutex::default(),
                     drilled: tokio::sync::Mutex::default(),
+                    dumped: dumps::Dumped::default(),
                 })
             }
         };
