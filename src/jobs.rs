@@ -39,7 +39,7 @@ pub enum Outcome {
 pub struct Snapshot {
     /// Its number.
     pub job: JobId,
-    /// What it does: `backup` or `restore`.
+    /// What it does: `backup`, `restore` or `dump`.
     pub kind: String,
     /// When it began.
     pub started_at: Timestamp,
@@ -51,6 +51,9 @@ pub struct Snapshot {
     pub files: u64,
     /// What it's at.
     pub phase: Phase,
+    /// Which of several things it's at: of a dump, the database.
+    #[serde(default)]
+    pub doing: Option<String>,
     /// How fast it goes, once that can be said.
     pub estimate: Option<Estimate>,
     /// How it ended; `None` while it runs.
@@ -79,6 +82,7 @@ impl Job {
             total_bytes,
             files: self.progress.files.load(Relaxed),
             phase: self.progress.phase(),
+            doing: self.progress.doing(),
             estimate: moving.and_then(|elapsed| Estimate::new(bytes, total_bytes, elapsed)),
             outcome: self.outcome.borrow().clone(),
         }

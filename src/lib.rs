@@ -7,6 +7,7 @@ pub mod cli;
 pub mod client;
 pub mod codec;
 pub mod daemon;
+pub mod dump;
 pub mod estimate;
 pub mod failure;
 pub mod helper;

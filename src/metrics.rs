@@ -105,6 +105,18 @@ pub fn render(status: &Status) -> Result<String, Failure> {
             ConstGauge::new(i64::try_from(pages).unwrap_or(i64::MAX)),
         );
     }
+    if let Some(dump) = &status.last_dump {
+        registry.register(
+            "last_dump_timestamp_seconds",
+            "End of the last complete dump",
+            ConstGauge::new(dump.finished_at.as_second()),
+        );
+    }
+    registry.register(
+        "dump_failed",
+        "1 if the last dump that was tried since the start failed",
+        flag(status.last_dump_failure.is_some()),
+    );
     if let Some(restores) = &status.restores {
         registry.register(
             "restore_pending",

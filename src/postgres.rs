@@ -429,7 +429,7 @@ fn unavailable(place: &str, error: &tokio_postgres::Error) -> Failure {
 }
 
 /// `PGPASSWORD`, or else what the password file says; read anew for each connection, because Secrets rotate.
-fn password(settings: &ConnectionSettings) -> Result<Option<String>, Failure> {
+pub(crate) fn password(settings: &ConnectionSettings) -> Result<Option<String>, Failure> {
     if let Some(password) = std::env::var("PGPASSWORD").ok().filter(|password| !password.is_empty()) {
         return Ok(Some(password));
     }

@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{
-        OnceLock,
+        Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -32,10 +32,13 @@ pub enum Phase {
     Wal,
     /// A restore writes files.
     Writing,
+    /// pg_dump runs.
+    Dumping,
 }
 
 impl Phase {
-    const ALL: [Phase; 5] = [Phase::Checkpoint, Phase::Summaries, Phase::Reading, Phase::Wal, Phase::Writing];
+    const ALL: [Phase; 6] =
+        [Phase::Checkpoint, Phase::Summaries, Phase::Reading, Phase::Wal, Phase::Writing, Phase::Dumping];
 }
 
 /// How far it is; read by whoever shows it.
@@ -51,6 +54,7 @@ pub struct Progress {
     pub pace: Pace,
     /// Set when the commit marker is about to be written: from then on nothing is removed.
     pub committing: AtomicBool,
+    doing: Mutex<Option<String>>,
     phase: AtomicU8,
     moving_since: OnceLock<Instant>,
     cancelled: AtomicBool,
@@ -61,7 +65,7 @@ impl Progress {
     /// Notes what it's at from now on.
     pub fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Relaxed);
-        if matches!(phase, Phase::Reading | Phase::Writing) {
+        if matches!(phase, Phase::Reading | Phase::Writing | Phase::Dumping) {
             let _ = self.moving_since.set(Instant::now());
         }
     }
@@ -70,6 +74,18 @@ impl Progress {
     pub fn phase(&self) -> Phase {
         let number = self.phase.load(Relaxed);
         Phase::ALL.into_iter().find(|phase| *phase as u8 == number).unwrap_or_default()
+    }
+
+    /// Notes which of several things it's at, for people.
+    pub fn note_doing(&self, what: &str) {
+        if let Ok(mut doing) = self.doing.lock() {
+            *doing = Some(what.to_owned());
+        }
+    }
+
+    /// Which of several things it's at, for people.
+    pub fn doing(&self) -> Option<String> {
+        self.doing.lock().ok().and_then(|doing| doing.clone())
     }
 
     /// How long files have been read or written for; `None` before that.

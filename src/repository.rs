@@ -4,6 +4,7 @@
 //! is a [`Code::Conflict`] that shows both hashes. Reading survives a connection that breaks in the middle.
 
 mod drills;
+mod dumps;
 mod listing;
 mod partly;
 pub mod pins;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinHandle};
 
 pub use self::{
+    dumps::DumpClaim,
     listing::{ListedWal, WalListing},
     stored::StoredReader,
 };

@@ -4,14 +4,14 @@ use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
 
 use jiff::Timestamp;
 use pgsidecar_core::{
-    BackupId, BackupKind,
+    BackupId, BackupKind, ObjectKey,
     layout::{BackupObject, RepositoryObject},
 };
 
 use crate::{
     failure::{Code, Failure},
     repository::{BackupClaim, Repository},
-    store::{ListRequest, Pages},
+    store::{ListRequest, Pages, StoreError},
 };
 
 /// How many ids are tried: each second has one.
@@ -88,32 +88,38 @@ pub async fn remove_remains(repository: &Repository, instance: &str) -> Option<B
 
 /// Removes an incomplete backup, its claim last. As far as it goes.
 pub async fn remove(repository: &Repository, id: BackupId) {
-    let prefix = repository.layout().backup_prefix(id);
-    let claim = repository.layout().backup(id, BackupObject::Started);
-    let removed = async {
-        for upload in repository.store().pending_uploads(&prefix).await? {
-            repository.store().abort_pending(&upload).await?;
-        }
-        // Without the record it's no backup; only then may the rest go.
-        let record = repository.layout().backup(id, BackupObject::Record);
-        if let Some((_, error)) = repository.store().delete(std::slice::from_ref(&record)).await?.into_iter().next() {
-            return Err(error);
-        }
-        let mut pages = Pages::new(repository.store(), ListRequest::under(prefix.clone()));
-        while let Some(page) = pages.next().await? {
-            let keys: Vec<_> = page.objects.into_iter().map(|object| object.key).filter(|key| *key != claim).collect();
-            if let Some((_, error)) = repository.store().delete(&keys).await?.into_iter().next() {
-                return Err(error);
-            }
-        }
-        match repository.store().delete(std::slice::from_ref(&claim)).await?.into_iter().next() {
-            Some((_, error)) => Err(error),
-            None => Ok(()),
-        }
-    };
-    if let Err(error) = removed.await {
+    let layout = repository.layout();
+    let (claim, record) = (layout.backup(id, BackupObject::Started), layout.backup(id, BackupObject::Record));
+    if let Err(error) = remove_objects(repository, &layout.backup_prefix(id), &claim, &record).await {
         tracing::warn!(backup = %id, %error, "the remains of an incomplete backup could not be removed");
     }
+}
+
+/// Removes what lies under a prefix, a record first and a claim last.
+///
+/// # Errors
+/// The store's.
+pub(crate) async fn remove_objects(
+    repository: &Repository,
+    prefix: &str,
+    claim: &ObjectKey,
+    record: &ObjectKey,
+) -> Result<(), StoreError> {
+    let delete = async |keys: &[ObjectKey]| match repository.store().delete(keys).await?.into_iter().next() {
+        Some((_, error)) => Err(error),
+        None => Ok(()),
+    };
+    for upload in repository.store().pending_uploads(prefix).await? {
+        repository.store().abort_pending(&upload).await?;
+    }
+    // Without the record it's nothing that is listed; only then may the rest go.
+    delete(std::slice::from_ref(record)).await?;
+    let mut pages = Pages::new(repository.store(), ListRequest::under(prefix));
+    while let Some(page) = pages.next().await? {
+        let keys: Vec<_> = page.objects.into_iter().map(|object| object.key).filter(|key| key != claim).collect();
+        delete(&keys).await?;
+    }
+    delete(std::slice::from_ref(claim)).await
 }
 
 #[cfg(test)]

@@ -231,7 +231,7 @@ fn show(shown: &mut Shown, job: &Snapshot) {
             shown.bytes(job.bytes, job.total_bytes, job.estimate, &format!("{} files", job.files));
         }
         Phase::Wal => shown.doing("waiting for the WAL to be archived"),
-        Phase::Writing => shown.bytes(job.bytes, job.total_bytes, job.estimate, ""),
+        Phase::Writing | Phase::Dumping => shown.bytes(job.bytes, job.total_bytes, job.estimate, ""),
     }
 }
 

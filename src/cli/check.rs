@@ -17,6 +17,7 @@ use super::{OutputArgs, output};
 use crate::{
     client::Client,
     daemon::open_store,
+    dump::tools::Tools,
     failure::{Code, Failure},
     histories,
     pgdata::DataDirectory,
@@ -130,6 +131,9 @@ pub async fn run(settings: &Settings, args: &CheckArgs) -> Result<ExitCode, Fail
         report.step("timeline", not_taken, |()| "no other server has begun the one that this server is on".to_owned());
     }
     let session = check_postgres(&mut report, work, data.as_ref()).await;
+    if let Some(session) = &session {
+        check_tools(&mut report, work, session.server().version / 10_000).await;
+    }
     let daemon = check_daemon(&mut report, settings).await;
     match (session, data, store_works && daemon) {
         (Some(session), Some((_, control)), true) if !session.server().in_recovery => {
@@ -290,6 +294,16 @@ async fn check_postgres(
     }
     check_archiving(report, &server);
     Some(session)
+}
+
+/// Whether dumps could be taken. Who takes none needs no client tools: a warning.
+async fn check_tools(report: &mut Report, work: &WorkSettings, major: u32) {
+    let named = work.pg_bindir.clone();
+    let found = tokio::task::spawn_blocking(move || Tools::find(named.as_deref(), major)).await;
+    match found.unwrap_or_else(|panic| Err(panic.into())) {
+        Ok(tools) => report.ok("dumps", format!("pg_dump {} can dump PostgreSQL {major}", tools.version())),
+        Err(failure) => report.add("dumps", State::Warning, failure.message, failure.hint),
+    }
 }
 
 fn check_archiving(report: &mut Report, server: &crate::postgres::ServerFacts) {

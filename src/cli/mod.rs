@@ -4,6 +4,7 @@
 pub mod backup;
 pub mod check;
 pub mod drill;
+pub mod dump;
 pub mod extract;
 mod in_place;
 pub mod output;
@@ -79,6 +80,9 @@ enum Command {
     /// Snapshots by the storage (CSI, Ceph, cloud volumes)
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotCommand),
+    /// Logical dumps, with pg_dump: every database and what belongs to all of them
+    #[command(subcommand)]
+    Dump(dump::DumpCommand),
     /// Restore to a new directory, to any point in time
     #[command(subcommand)]
     Restore(restore::RestoreCommand),
@@ -160,6 +164,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
         Command::Schedule(args) => schedule::run(settings, &args).await.map(done),
         Command::Backup(command) => backup::run(settings, command).await,
         Command::Snapshot(command) => snapshot::run(settings, command).await.map(done),
+        Command::Dump(command) => dump::run(settings, command).await,
         Command::Restore(command) => restore::run(settings, command).await.map(done),
         Command::Extract(args) => extract::run(settings, args).await,
         Command::Drill(command) => drill::run(settings, command).await,

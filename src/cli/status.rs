@@ -51,6 +51,19 @@ pub async fn run(settings: &Settings, args: OutputArgs) -> Result<(), Failure> {
             },
         ),
         (
+            "Last dump",
+            match status.pointer("/last_dump/id") {
+                Some(Value::String(id)) => {
+                    format!(
+                        "{id}, {} databases, complete at {}",
+                        text("/last_dump/databases"),
+                        text("/last_dump/finished_at")
+                    )
+                }
+                _ => "none".to_owned(),
+            },
+        ),
+        (
             "Last drill",
             match status.pointer("/last_drill/id") {
                 Some(Value::String(_)) => {

@@ -11,6 +11,7 @@
 //! signal exits at once.
 
 mod cloning;
+mod dumps;
 mod fetching;
 mod restore_points;
 pub mod restores;
@@ -71,6 +72,7 @@ const RETRY_START_WORK: Duration = Duration::from_secs(10);
 
 use cloning::Source;
 
+pub use dumps::{FailedDump, LastDump};
 pub use fetching::Wanted;
 pub use status::{ArchiveStatus, LastBackup, LastDrill, RestoresStatus, Status};
 
@@ -128,6 +130,7 @@ struct Work {
     recoverable: tokio::sync::Mutex<Option<(Instant, Option<LastBackup>)>>,
     drilled: tokio::sync::Mutex<Option<(Instant, Option<LastDrill>)>>,
     growth: KnownGrowth,
+    dumped: dumps::Dumped,
 }
 
 impl App {
@@ -151,6 +154,7 @@ impl App {
                     recoverable: tokio::sync::Mutex::default(),
                     drilled: tokio::sync::Mutex::default(),
                     growth: KnownGrowth::default(),
+                    dumped: dumps::Dumped::default(),
                 })
             }
         };

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use pgsidecar_core::{BackupId, DrillId, SystemIdentifier, drill::DrillOutcome, retention::Growth};
 use serde::Serialize;
 
-use super::{App, Work};
+use super::{App, FailedDump, LastDump, Work};
 use crate::{
     failure::{Code, Failure},
     jobs::Snapshot,
@@ -74,6 +74,10 @@ pub struct Status {
     pub archive: ArchiveStatus,
     /// The newest complete backup; unknown while the store can't be reached.
     pub last_backup: Option<LastBackup>,
+    /// The newest complete dump; unknown while the store can't be reached.
+    pub last_dump: Option<LastDump>,
+    /// How the last dump that this daemon tried failed; `None` if it didn't.
+    pub last_dump_failure: Option<FailedDump>,
     /// Restores in place: what is prepared, and what is kept; unknown without a data directory.
     pub restores: Option<RestoresStatus>,
     /// The last drill of the last 400 days that was recorded; unknown while the store can't be reached.
@@ -127,6 +131,8 @@ impl App {
                 statistics: self.archiver.statistics(),
             },
             last_backup: None,
+            last_dump: None,
+            last_dump_failure: None,
             restores: None,
             last_drill: None,
             growth: None,
@@ -189,6 +195,8 @@ impl Work {
                 .problems
                 .push(last.reason.clone().context(format!("{} could not be archived at {}", last.file, last.at)));
         }
+        status.last_dump_failure = self.dumped.failure();
+        status.problems.extend(status.last_dump_failure.as_ref().map(FailedDump::problem));
         let repository = self.repository(control.system_identifier);
         match tokio::time::timeout(STATUS_PATIENCE, self.last_backup(&repository)).await {
             Ok(Ok(last)) => {
@@ -200,6 +208,9 @@ impl Work {
             Err(_) => {
                 return status.problems.push(Failure::new(Code::StoreUnavailable, "the store does not answer in time"));
             }
+        }
+        if let Ok(Ok(last)) = tokio::time::timeout(STATUS_PATIENCE, self.dumped.last(&repository)).await {
+            status.last_dump = last;
         }
         // Without it the status is no worse: who may archive needn't be allowed to see drills.
         if let Ok(Ok(last)) = tokio::time::timeout(STATUS_PATIENCE, self.last_drill(&repository)).await {

@@ -5,6 +5,9 @@
 //! POST /v1/backups/plan          the same: what kind of backup it would be, and why
 //! GET  /v1/backups               the backups in the repository
 //! GET  /v1/backups/{id}          one of them
+//! POST /v1/dumps                 a DumpRequest: starts a dump; 202 with the job
+//! GET  /v1/dumps                 the dumps in the repository
+//! GET  /v1/dumps/{id}            one of them
 //! POST /v1/restores              a RestoreOrder: restores beside the database that is there, to take its place; 202 with the job
 //! GET  /v1/restores              what is prepared to take its place, and what is kept of earlier databases
 //! POST /v1/restores/undo         prepares that what was there before the last restore comes back
@@ -141,6 +144,17 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
             let id = id.parse().map_err(|_| not_found(&format!("backup {id}")))?;
             app.unpin(id).await?;
             Ok(json(StatusCode::OK, &serde_json::json!({ "backup": id })))
+        }
+        (&Method::POST, ["v1", "dumps"]) => {
+            Ok(json(StatusCode::ACCEPTED, &app.start_dump(read(request).await?)?.snapshot()))
+        }
+        (&Method::GET, ["v1", "dumps"]) => Ok(json(StatusCode::OK, &app.repository()?.dumps().await?)),
+        (&Method::GET, ["v1", "dumps", id]) => {
+            let dump = match id.parse() {
+                Ok(id) => app.repository()?.dump(id).await?,
+                Err(_) => None,
+            };
+            Ok(json(StatusCode::OK, &dump.ok_or_else(|| not_found(&format!("dump {id}")))?))
         }
         (&Method::POST, ["v1", "snapshots"]) => {
             let BeginSnapshot { label, fast, timeout_seconds } = read(request).await?;

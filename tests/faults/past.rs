@@ -24,7 +24,8 @@ use pgsidecar_core::{
     SystemIdentifier, TimelineId, WalSegmentSize,
     backup::{BACKUP_FORMAT, PartRecord, StoredObject},
     chain::chain,
-    layout::{BackupObject, DumpFile, DumpObject, RepositoryObject},
+    dump::DumpFormat,
+    layout::{BackupObject, DumpObject, RepositoryObject},
     retention::Policy,
 };
 
@@ -75,7 +76,11 @@ impl Past {
             }
             if day % 5 == 0 {
                 let id = past.dump(day);
-                past.put(&RepositoryObject::Dump(id, DumpObject::File(DumpFile::new("shop.dump").unwrap())), day).await;
+                past.put(
+                    &RepositoryObject::Dump(id, DumpObject::Database("shop".parse().unwrap(), DumpFormat::Custom)),
+                    day,
+                )
+                .await;
                 past.put(&RepositoryObject::Dump(id, DumpObject::Record), day).await;
             }
         }

@@ -23,7 +23,8 @@ use pgsidecar::{
 use pgsidecar_core::{
     ArchiveFileName, BackupId, BackupKind, DumpId, ObjectKey, SegmentName, Sha256Digest, TimelineId,
     backup::DamagedFile,
-    layout::{BackupObject, DumpFile, DumpObject, RepositoryObject},
+    dump::DumpFormat,
+    layout::{BackupObject, DumpObject, RepositoryObject},
     retention::Policy,
 };
 
@@ -347,9 +348,11 @@ async fn what_is_pinned_or_built_on_while_it_is_removed_is_put_back() {
 async fn a_dump_that_was_not_completed_counts_for_nothing_and_old_ones_stay_instead() {
     let past = Past::new(1).await;
     let begun = DumpId::new(past.at(29));
-    past.put(&RepositoryObject::Dump(begun, DumpObject::File(DumpFile::new("shop.dump").unwrap())), 29).await;
+    past.put(&RepositoryObject::Dump(begun, DumpObject::Database("shop".parse().unwrap(), DumpFormat::Custom)), 29)
+        .await;
     let abandoned = DumpId::new(past.at(12));
-    past.put(&RepositoryObject::Dump(abandoned, DumpObject::File(DumpFile::new("shop.dump").unwrap())), 12).await;
+    past.put(&RepositoryObject::Dump(abandoned, DumpObject::Database("shop".parse().unwrap(), DumpFormat::Custom)), 12)
+        .await;
     let removed = past.prune("12d").await.unwrap().removed.dumps;
     assert_eq!(removed, [0, 5, 10, 15, 12].map(|day| past.dump(day)), "the last two complete ones stay");
     assert!(past.keys().await.iter().any(|key| key.contains(&begun.to_string())));

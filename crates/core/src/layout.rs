@@ -15,18 +15,20 @@
 //!   backups/<id>/index.jsonl.zst, backup_manifest.zst
 //!   backups/<id>/backup.json            the commit marker, written last
 //!   snapshots/<id>/snapshot.json        what makes a database of a storage snapshot; its commit marker
+//!   dumps/<id>/started.json             the claim of the id, written first
+//!   dumps/<id>/<database>.dump          a database in pg_dump's custom format, or <database>.plain.sql.zst
+//!   dumps/<id>/globals.sql.zst
+//!   dumps/<id>/dump.json                the commit marker, written last
 //!   drills/<id>.json                    how a restore went that was tried out
 //!   runs/<task>/<time>.json             that a scheduled run was done; when its schedule began
 //!   restore-points/<timeline>-<lsn>.json where a named restore point ends, 16 digits; the name is in the record
-//!   dumps/<id>/globals.sql.zst, <database>.dump
-//!   dumps/<id>/dump.json                the commit marker of a dump, written last
 //!   pins/<backup id>.json               somebody wants to keep the backup
 //! ```
 
 use crate::{
     ArchiveFileName, BackupId, ClusterName, DrillId, DumpId, Lsn, ObjectKey, SegmentName, Sha256Digest, SnapshotId,
     SystemIdentifier, TimelineId,
-    key::is_component,
+    dump::{DatabaseName, DumpFormat},
     prepare::RequestId,
     schedule::{RunId, Task},
 };
@@ -88,22 +90,14 @@ pub enum BackupObject {
 /// The objects of a dump.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DumpObject {
+    /// `started.json`: the claim of the dump's id.
+    Started,
     /// `dump.json`: the commit marker.
     Record,
-    /// A file of it.
-    File(DumpFile),
-}
-
-/// The name of a dump's file: `….dump`, or `….sql.zst`.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct DumpFile(String);
-
-impl DumpFile {
-    /// The file of this name; `None` if a dump has none that is called so.
-    pub fn new(name: &str) -> Option<DumpFile> {
-        let stem = name.strip_suffix(".dump").or_else(|| name.strip_suffix(".sql.zst"))?;
-        (!stem.is_empty() && is_component(name)).then(|| DumpFile(name.to_owned()))
-    }
+    /// Roles and tablespaces.
+    Globals,
+    /// A database.
+    Database(DatabaseName, DumpFormat),
 }
 
 /// Keys are made of parts that are valid in keys: names in hexadecimal, ids, fixed words.
@@ -174,13 +168,12 @@ impl Layout {
             }
             RepositoryObject::Backup(id, object) => format!("backups/{id}/{}", object.file_name()),
             RepositoryObject::Snapshot(id) => format!("snapshots/{id}/snapshot.json"),
+            RepositoryObject::Dump(id, object) => format!("dumps/{id}/{}", object.file_name()),
             RepositoryObject::Drill(id) => format!("drills/{id}.json"),
             RepositoryObject::Run(task, id) => format!("runs/{task}/{id}.json"),
             RepositoryObject::RestorePoint(timeline, lsn) => {
                 format!("restore-points/{}-{:016X}.json", timeline.to_hex(), lsn.bytes())
             }
-            RepositoryObject::Dump(id, DumpObject::Record) => format!("dumps/{id}/dump.json"),
-            RepositoryObject::Dump(id, DumpObject::File(file)) => format!("dumps/{id}/{}", file.0),
             RepositoryObject::Pin(id) => format!("pins/{id}.json"),
         };
         key(self.prefix() + &path)
@@ -269,6 +262,26 @@ impl Layout {
         prefix.strip_prefix(&self.snapshots_prefix())?.strip_suffix('/')?.parse().ok()
     }
 
+    /// The key of an object of a dump.
+    pub fn dump(&self, id: DumpId, object: DumpObject) -> ObjectKey {
+        self.key(&RepositoryObject::Dump(id, object))
+    }
+
+    /// What the keys of all dumps begin with.
+    pub fn dumps_prefix(&self) -> String {
+        format!("{}dumps/", self.prefix())
+    }
+
+    /// What the keys of one dump begin with.
+    pub fn dump_prefix(&self, id: DumpId) -> String {
+        format!("{}{id}/", self.dumps_prefix())
+    }
+
+    /// The dump whose keys begin with this prefix of a shallow listing of [`Layout::dumps_prefix`].
+    pub fn dump_of_prefix(&self, prefix: &str) -> Option<DumpId> {
+        prefix.strip_prefix(&self.dumps_prefix())?.strip_suffix('/')?.parse().ok()
+    }
+
     /// What the keys of all drills' records begin with.
     pub fn drills_prefix(&self) -> String {
         format!("{}drills/", self.prefix())
@@ -282,16 +295,6 @@ impl Layout {
     /// What the keys of all restore points begin with.
     pub fn restore_points_prefix(&self) -> String {
         format!("{}restore-points/", self.prefix())
-    }
-
-    /// What the keys of all dumps begin with.
-    pub fn dumps_prefix(&self) -> String {
-        format!("{}dumps/", self.prefix())
-    }
-
-    /// What the keys of one dump begin with.
-    pub fn dump_prefix(&self, id: DumpId) -> String {
-        format!("{}{id}/", self.dumps_prefix())
     }
 
     /// What the keys of all pins begin with.
@@ -339,6 +342,7 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
         }
         ["backups", id, file] => Some(RepositoryObject::Backup(id.parse().ok()?, BackupObject::parse(file)?)),
         ["snapshots", id, "snapshot.json"] => Some(RepositoryObject::Snapshot(id.parse().ok()?)),
+        ["dumps", id, file] => Some(RepositoryObject::Dump(id.parse().ok()?, DumpObject::parse(file)?)),
         ["drills", file] => Some(RepositoryObject::Drill(file.strip_suffix(".json")?.parse().ok()?)),
         ["runs", task, file] => {
             Some(RepositoryObject::Run(task.parse().ok()?, file.strip_suffix(".json")?.parse().ok()?))
@@ -348,8 +352,6 @@ fn parse_path(path: &str) -> Option<RepositoryObject> {
             let lsn = u64::from_str_radix(lsn, 16).ok()?;
             Some(RepositoryObject::RestorePoint(TimelineId::from_hex(timeline)?, Lsn::new(lsn)))
         }
-        ["dumps", id, "dump.json"] => Some(RepositoryObject::Dump(id.parse().ok()?, DumpObject::Record)),
-        ["dumps", id, file] => Some(RepositoryObject::Dump(id.parse().ok()?, DumpObject::File(DumpFile::new(file)?))),
         ["pins", file] => Some(RepositoryObject::Pin(file.strip_suffix(".json")?.parse().ok()?)),
         _ => None,
     }
@@ -392,6 +394,34 @@ impl BackupObject {
     }
 }
 
+/// What follows a database's name in the keys of a plain dump. Names have no dots there: no database is taken for the globals.
+const PLAIN_SUFFIX: &str = ".plain.sql.zst";
+
+impl DumpObject {
+    fn file_name(&self) -> String {
+        match self {
+            DumpObject::Started => "started.json".to_owned(),
+            DumpObject::Record => "dump.json".to_owned(),
+            DumpObject::Globals => "globals.sql.zst".to_owned(),
+            DumpObject::Database(name, DumpFormat::Custom) => format!("{}.dump", name.to_key()),
+            DumpObject::Database(name, DumpFormat::Plain) => format!("{}{PLAIN_SUFFIX}", name.to_key()),
+        }
+    }
+
+    fn parse(file: &str) -> Option<DumpObject> {
+        let database = |key: &str, format| Some(DumpObject::Database(DatabaseName::from_key(key)?, format));
+        match file {
+            "started.json" => Some(DumpObject::Started),
+            "dump.json" => Some(DumpObject::Record),
+            "globals.sql.zst" => Some(DumpObject::Globals),
+            _ => match file.strip_suffix(PLAIN_SUFFIX) {
+                Some(key) => database(key, DumpFormat::Plain),
+                None => database(file.strip_suffix(".dump")?, DumpFormat::Custom),
+            },
+        }
+    }
+}
+
 impl RepositoryObject {
     /// The WAL segment that this object is, if it is one (a whole one, not a `.partial`).
     pub fn segment(&self) -> Option<SegmentName> {
@@ -420,8 +450,7 @@ mod tests {
         let segment: SegmentName = "0000000A0000000300000042".parse().unwrap();
         let id: BackupId = "20261121T061500Z-full".parse().unwrap();
         let snapshot: SnapshotId = "20261121T061500Z-snapshot".parse().unwrap();
-        let dump: DumpId = "20261121T030000Z".parse().unwrap();
-        let file = |name| DumpObject::File(DumpFile::new(name).unwrap());
+        let dump = DumpId::new(id.began());
         let objects = [
             (RepositoryObject::Cluster, "cluster.json"),
             (RepositoryObject::TimelineOwner(segment.timeline()), "wal/0000000A/owner.json"),
@@ -448,6 +477,17 @@ mod tests {
             (RepositoryObject::Backup(id, BackupObject::Index), "backups/20261121T061500Z-full/index.jsonl.zst"),
             (RepositoryObject::Backup(id, BackupObject::Part(7)), "backups/20261121T061500Z-full/part-00007.tar.zst"),
             (RepositoryObject::Snapshot(snapshot), "snapshots/20261121T061500Z-snapshot/snapshot.json"),
+            (RepositoryObject::Dump(dump, DumpObject::Started), "dumps/20261121T061500Z/started.json"),
+            (RepositoryObject::Dump(dump, DumpObject::Record), "dumps/20261121T061500Z/dump.json"),
+            (RepositoryObject::Dump(dump, DumpObject::Globals), "dumps/20261121T061500Z/globals.sql.zst"),
+            (
+                RepositoryObject::Dump(dump, DumpObject::Database("a/b".parse().unwrap(), DumpFormat::Custom)),
+                "dumps/20261121T061500Z/a=2Fb.dump",
+            ),
+            (
+                RepositoryObject::Dump(dump, DumpObject::Database("globals".parse().unwrap(), DumpFormat::Plain)),
+                "dumps/20261121T061500Z/globals.plain.sql.zst",
+            ),
             (RepositoryObject::Drill(DrillId::new(id.began())), "drills/20261121T061500Z.json"),
             (
                 RepositoryObject::Run(Task::Incremental, RunId::new(id.began())),
@@ -457,9 +497,6 @@ mod tests {
                 RepositoryObject::RestorePoint(segment.timeline(), "3/42000128".parse().unwrap()),
                 "restore-points/0000000A-0000000342000128.json",
             ),
-            (RepositoryObject::Dump(dump, DumpObject::Record), "dumps/20261121T030000Z/dump.json"),
-            (RepositoryObject::Dump(dump, file("globals.sql.zst")), "dumps/20261121T030000Z/globals.sql.zst"),
-            (RepositoryObject::Dump(dump, file("shop.dump")), "dumps/20261121T030000Z/shop.dump"),
             (RepositoryObject::Pin(id), "pins/20261121T061500Z-full.json"),
         ];
         for (object, path) in objects {
@@ -495,6 +532,10 @@ mod tests {
             "backups/20261121T061500Z-snapshot/backup.json",
             "snapshots/20261121T061500Z-full/snapshot.json",
             "snapshots/20261121T061500Z-snapshot/backup.json",
+            "dumps/20261121T061500Z-full/dump.json",
+            "dumps/20261121T061500Z/a.b.dump",
+            "dumps/20261121T061500Z/.dump",
+            "dumps/20261121T061500Z/shop.sql.zst",
             "drills/20261121T061500Z-full.json",
             "drills/20261121T061500Z/drill.json",
             "runs/20261121T061500Z.json",
