@@ -31,6 +31,7 @@ mod promised_ends;
 mod promises;
 mod remains;
 mod restore_refusals;
+mod schedules;
 #[path = "../support/server.rs"]
 mod server;
 mod shutdown;
