@@ -13,13 +13,15 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use pgsidecar_core::schedule::{Decision, Failed, RunOutcome, Schedule, Slot, Task};
+use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::{
     backup::{self, BackupRequest},
     daemon::App,
+    dump::DumpRequest,
     failure::{Code, Failure},
-    jobs::Outcome,
+    jobs::{Job, Outcome},
     postgres::Session,
 };
 
@@ -130,13 +132,9 @@ async fn run_task(app: &Arc<App>, task: Task, slot: Slot) -> Result<String, Fail
         Task::Full | Task::Differential | Task::Incremental => {
             let wanted = task.backup_type().unwrap_or_default();
             let label = format!("pgsidecar {task}, scheduled for {}", slot.time);
-            let job = app.start_backup(BackupRequest { label, fast: false, wanted, max_rate: None })?;
-            job.ended(Duration::MAX).await;
-            match job.snapshot().outcome {
-                Some(Outcome::Succeeded(record)) => Ok(record["id"].as_str().unwrap_or_default().to_owned()),
-                Some(Outcome::Failed(failure)) => Err(failure),
-                None => Err(Failure::internal("a backup has ended and not said how")),
-            }
+            let record =
+                ended(&app.start_backup(BackupRequest { label, fast: false, wanted, max_rate: None })?).await?;
+            Ok(record["id"].as_str().unwrap_or_default().to_owned())
         }
         Task::Verify => {
             let found = backup::verify::verify(&app.repository()?, None, 0, &Arc::default()).await?;
@@ -148,11 +146,34 @@ async fn run_task(app: &Arc<App>, task: Task, slot: Slot) -> Result<String, Fail
             Err(Failure::new(Code::Damaged, format!("these backups can't be restored: {}", bad.join(", ")))
                 .hint("'pgsidecar backup verify' tells what is missing or damaged. Take a full backup."))
         }
-        Task::Dump | Task::Prune => Err(Failure::new(
-            Code::Misconfigured,
-            format!("this version of pgsidecar has no {task} to run by schedule"),
-        )
-        .hint(format!("Unset PGSIDECAR_SCHEDULE_{}.", task.to_string().to_uppercase()))),
+        Task::Dump => {
+            let record = ended(&app.start_dump(DumpRequest::default())?).await?;
+            Ok(record["id"].as_str().unwrap_or_default().to_owned())
+        }
+        Task::Prune => {
+            let pruned = ended(&app.start_prune(false)?).await?;
+            let count = |pointer: &str| pruned.pointer(pointer).and_then(Value::as_array).map_or(0, Vec::len);
+            match pruned.pointer("/refused/objects").and_then(Value::as_u64).unwrap_or(0) {
+                0 => Ok(format!(
+                    "{} backups, {} dumps and {} WAL files removed",
+                    count("/removed/backups"),
+                    count("/removed/dumps"),
+                    pruned.pointer("/removed/wal_files").and_then(Value::as_u64).unwrap_or(0)
+                )),
+                refused => Err(Failure::new(Code::StoreDenied, format!("the store refused to delete {refused} objects"))
+                    .hint("Give the pod's credentials the right to delete, or prune elsewhere under other ones ('pgsidecar prune') and unset PGSIDECAR_SCHEDULE_PRUNE.")),
+            }
+        }
+    }
+}
+
+/// Waits for a job; answers with its result.
+async fn ended(job: &Job) -> Result<Value, Failure> {
+    job.ended(Duration::MAX).await;
+    match job.snapshot().outcome {
+        Some(Outcome::Succeeded(result)) => Ok(result),
+        Some(Outcome::Failed(failure)) => Err(failure),
+        None => Err(Failure::internal("a job has ended and not said how")),
     }
 }
 

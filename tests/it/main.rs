@@ -34,6 +34,7 @@ mod promises;
 mod remains;
 mod restore_refusals;
 mod retention;
+mod schedules;
 #[path = "../support/server.rs"]
 mod server;
 mod shutdown;
