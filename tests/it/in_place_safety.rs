@@ -321,3 +321,37 @@ fn wal_on_a_mount_of_its_own_stays_with_its_database_root_pg15() {
     assert_eq!(later.status.code(), Some(73), "{}", told(&later));
     assert!(told(&later).contains("base/1 is mounted in"), "{}", told(&later));
 }
+
+#[test]
+fn a_server_that_was_promoted_and_killed_before_its_checkpoint_comes_back_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (mut postgres, sidecar) = archiving(&scratch, 15, &["--wal-segsize=1"], &repository);
+    // The checkpoint after a promotion takes its time.
+    postgres.configure(&["checkpoint_completion_target = 1.0"]);
+    postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
+    back_up(&sidecar);
+    ship_wal(&postgres);
+    let switch = |postgres: &mut Postgres, how: &str| {
+        postgres.stop(how);
+        sidecar.ok(&["restore", "switch"]);
+        postgres.start(&[]);
+        postgres.wait_for_promotion();
+    };
+    sidecar.ok(&["restore", "run", "--in-place"]);
+    switch(&mut postgres, "fast");
+    postgres.sql("INSERT INTO rows VALUES (2)");
+    ship_wal(&postgres);
+    sidecar.ok(&["restore", "run", "--in-place"]);
+    postgres.sql("INSERT INTO rows VALUES (3)");
+    switch(&mut postgres, "immediate");
+    assert_eq!(rows(&postgres), "1,2,3");
+    postgres.sql("INSERT INTO rows VALUES (4)");
+    postgres.sql("CHECKPOINT");
+    sidecar.ok(&["restore", "undo"]);
+    switch(&mut postgres, "fast");
+    assert_eq!(rows(&postgres), "1,2,3");
+    postgres.sql("CHECKPOINT");
+    // Timelines 2 and 3 are others'.
+    assert_eq!(postgres.sql("SELECT timeline_id FROM pg_control_checkpoint()"), "4");
+}
