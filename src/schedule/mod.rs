@@ -168,7 +168,7 @@ async fn run_task(app: &Arc<App>, task: Task, slot: Slot) -> Result<String, Fail
 }
 
 /// Waits for a job; answers with its result.
-async fn ended(job: &Job) -> Result<Value, Failure> {
+async fn ended(job: &Arc<Job>) -> Result<Value, Failure> {
     job.ended(Duration::MAX).await;
     match job.snapshot().outcome {
         Some(Outcome::Succeeded(result)) => Ok(result),
