@@ -170,8 +170,11 @@ fn every_dependency_has_its_reason_in_the_architecture() {
 #[test]
 fn every_test_in_the_table_of_failures_exists() {
     let lines: Vec<&str> = FAILURES.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| |")).collect();
-    for (index, line) in lines.iter().enumerate() {
-        assert!(line.starts_with(&format!("| {} | ", index + 1)), "out of order: {line}");
+    let mut last = 0;
+    for line in &lines {
+        let number: u32 = line.trim_start_matches("| ").split(' ').next().unwrap().parse().unwrap();
+        assert!(number > last, "out of order: {line}");
+        last = number;
         let tests: Vec<_> = line.split('`').filter_map(|code| code.split_once(".rs::")).collect();
         assert!(!tests.is_empty(), "without a test: {line}");
         for (file, test) in tests {
