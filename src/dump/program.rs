@@ -180,13 +180,16 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn what_a_wrapper_has_started_is_killed_with_it() {
+    #[test]
+    fn what_a_wrapper_has_started_is_killed_with_it() {
         let began = Instant::now();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let mut shell = Command::new("sh");
         shell.args(["-c", "sleep 60; true"]);
-        let ended = tokio::time::timeout(Duration::from_millis(300), output(shell)).await;
-        assert!(ended.is_err() && began.elapsed() < Duration::from_secs(10));
+        let ended = runtime.block_on(async { tokio::time::timeout(Duration::from_millis(300), output(shell)).await });
+        // Waits for the thread that reads, and so for the pipe's end.
+        drop(runtime);
+        assert!(ended.is_err() && began.elapsed() < Duration::from_secs(30));
     }
 
     #[tokio::test]

@@ -174,7 +174,8 @@ async fn entries_of_tables(
     let found = Arc::new(std::sync::Mutex::new(Vec::<(usize, String)>::new()));
     let filled = found.clone();
     archive::table_of_contents(server.tools(), repository, key, move |line| {
-        if let (Ok(mut found), Some(table)) = (filled.lock(), wanted.iter().position(|table| is_of_table(line, table))) {
+        if let (Ok(mut found), Some(table)) = (filled.lock(), wanted.iter().position(|table| is_of_table(line, table)))
+        {
             found.push((table, line.to_owned()));
         }
     })

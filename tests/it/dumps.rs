@@ -75,7 +75,10 @@ fn content(postgres: &Postgres, database: &str) -> String {
     let mut dump = postgres.client("pg_dump");
     let sql = run(dump.args(["-d", &name(database).conninfo()]));
     // A random key of newer minor versions.
-    sql.lines().filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict")).collect::<Vec<_>>().join("\n")
+    sql.lines()
+        .filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// The command-line tool for a server, without a daemon and without a data directory, with the tools of a major version.
@@ -137,7 +140,8 @@ fn round_trip(major: u32, repository: impl FnOnce(&Scratch) -> Repository) {
     let sidecar = alone(&scratch, &postgres, &repository, major);
     let record = dump(&sidecar, &[]);
     let id = record["id"].as_str().unwrap();
-    let names: Vec<&str> = record["databases"].as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap()).collect();
+    let names: Vec<&str> =
+        record["databases"].as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap()).collect();
     assert_eq!(names, [ODD, "UPPER", "postgres"]);
     assert_eq!(record["tools_major"], major);
     assert!(record["databases"][0]["toc_entries"].as_u64().unwrap() > 40, "{record}");
@@ -188,7 +192,11 @@ fn a_dump_restores_into_an_older_major_version_pg15_pg17() {
 
     let older = scratch.dir("older");
     let data = older.join("data15");
-    run(command(Postgres::bin(15).join("initdb")).arg("-D").arg(&data).args(["-A", "trust", "-U", "postgres", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"]).current_dir(&older));
+    run(command(Postgres::bin(15).join("initdb"))
+        .arg("-D")
+        .arg(&data)
+        .args(["-A", "trust", "-U", "postgres", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"])
+        .current_dir(&older));
     let mut old = Postgres::on(&scratch, data, 15);
     old.start(&[]);
     let mut sidecar = alone(&scratch, &old, &repository, 17);
@@ -246,7 +254,8 @@ fn the_daemon_dumps_and_tells_pg15() {
     let repository = Repository::s3();
     let (postgres, sidecar) = archiving(&scratch, 15, &[], &repository);
     fill(&postgres);
-    let record = sidecar.json(&["dump", "create", "--include", "U*", "--include", ODD, "--exclude", "*OO*", "--exclude", "O*"]);
+    let record =
+        sidecar.json(&["dump", "create", "--include", "U*", "--include", ODD, "--exclude", "*OO*", "--exclude", "O*"]);
     assert_eq!(record["databases"].as_array().unwrap().len(), 1);
     assert_eq!(record["databases"][0]["name"], "UPPER");
     let status = sidecar.json(&["status"]);
@@ -271,9 +280,18 @@ fn a_pg_dump_that_dies_half_way_publishes_nothing_and_its_remains_go_pg15() {
 
     // Killed in the middle of its output; its output cut, with exit code 0; failing at the end of it.
     for (n, (script, told)) in [
-        ("case \"$*\" in *postgres*) \"$REAL\" \"$@\" | head -c 600; kill -9 $$;; *) exec \"$REAL\" \"$@\";; esac", "signal: 9"),
-        ("case \"$*\" in *postgres*) \"$REAL\" \"$@\" | head -c 100; exit 0;; *) exec \"$REAL\" \"$@\";; esac", "table of contents"),
-        ("\"$REAL\" \"$@\"; echo 'pg_dump: error: lost' >&2; case \"$*\" in *postgres*) exit 1;; esac", "pg_dump: error: lost"),
+        (
+            "case \"$*\" in *postgres*) \"$REAL\" \"$@\" | head -c 600; kill -9 $$;; *) exec \"$REAL\" \"$@\";; esac",
+            "signal: 9",
+        ),
+        (
+            "case \"$*\" in *postgres*) \"$REAL\" \"$@\" | head -c 100; exit 0;; *) exec \"$REAL\" \"$@\";; esac",
+            "table of contents",
+        ),
+        (
+            "\"$REAL\" \"$@\"; echo 'pg_dump: error: lost' >&2; case \"$*\" in *postgres*) exit 1;; esac",
+            "pg_dump: error: lost",
+        ),
     ]
     .into_iter()
     .enumerate()
@@ -304,7 +322,9 @@ fn a_pg_dump_that_dies_half_way_publishes_nothing_and_its_remains_go_pg15() {
     // Told to stop, it ends pg_dump and tidies up itself.
     sidecar.set("PG_BINDIR", &scratch.path().join("slow").display().to_string());
     let (mut child, log) = sidecar.spawn(&["dump", "create", "--once"]);
-    wait_until("two databases are dumped", Duration::from_secs(60), || files(&repository).len() >= 2 * before.len() + 3);
+    wait_until("two databases are dumped", Duration::from_secs(60), || {
+        files(&repository).len() >= 2 * before.len() + 3
+    });
     run(command("kill").arg(child.id().to_string()));
     assert_eq!(child.wait().unwrap().code(), Some(75), "{}", fs::read_to_string(log).unwrap());
     assert_eq!(files(&repository).len(), 2 * before.len());
@@ -395,7 +415,8 @@ fn a_database_that_is_dropped_in_the_middle_is_left_out_and_told_pg15() {
     let script = "case \"$*\" in *aaa*) \"$(dirname \"$REAL\")/psql\" -X -q -d postgres -c 'DROP DATABASE \"UPPER\"';; esac; exec \"$REAL\" \"$@\"";
     sidecar.set("PG_BINDIR", &tools_with(&scratch, "tools", 15, "pg_dump", script));
     let record = dump(&sidecar, &["--include", "aaa", "--include", "postgres", "--include", "UPPER"]);
-    let names: Vec<&str> = record["databases"].as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap()).collect();
+    let names: Vec<&str> =
+        record["databases"].as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap()).collect();
     // The order is the server's: what comes before is in it.
     assert!(names == ["aaa", "postgres"] || names == ["UPPER", "aaa", "postgres"], "{names:?}");
     if names.len() == 2 {
@@ -415,7 +436,8 @@ fn a_storm_of_ddl_ends_in_a_whole_dump_or_in_none_pg15() {
         EXECUTE 'ALTER TABLE storm_' || n % 50 || ' ADD c' || n || ' int'; COMMIT; \
         EXECUTE 'DROP TABLE IF EXISTS storm_' || (n + 25) % 50; COMMIT; END LOOP; END $$";
     let mut psql = postgres.client("psql");
-    let mut storming = psql.args(["-X", "-q", "-d", "UPPER", "-c", storm]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut storming =
+        psql.args(["-X", "-q", "-d", "UPPER", "-c", storm]).stderr(std::process::Stdio::null()).spawn().unwrap();
     let mut taken = Vec::new();
     for _ in 0..6 {
         let output = sidecar.cli(&["dump", "create", "--once", "--include", "UPPER", "--json"]);
@@ -463,7 +485,11 @@ fn a_dump_is_read_by_hand_with_pg_restore_zstd_and_psql_pg17() {
     for (object, into) in [("/UPPER.plain.sql.zst", "by_hand_plain"), ("/globals.sql.zst", "postgres")] {
         // The roles are all there: those statements fail, and nothing else does.
         let stop = if into == "postgres" { "0" } else { "1" };
-        let pipe = format!("zstd -dc '{}' | '{}' -X -q -v ON_ERROR_STOP={stop} -d {into} >/dev/null", find(object), psql.display());
+        let pipe = format!(
+            "zstd -dc '{}' | '{}' -X -q -v ON_ERROR_STOP={stop} -d {into} >/dev/null",
+            find(object),
+            psql.display()
+        );
         let mut by_hand = command("sh");
         by_hand.env("PGHOST", &postgres.socket).env("PGUSER", "postgres").args(["-c", &pipe]);
         run(&mut by_hand);
@@ -481,10 +507,15 @@ fn single_tables_come_back_and_nothing_is_overwritten_pg15() {
     let restore = ["dump", "restore", record["id"].as_str().unwrap(), "--database", "UPPER"];
     let odd = "\"Sales 'n' \"\"more\"\"\".\"Ünï 🐘 \"\"t\"\"\"";
     postgres.sql("CREATE DATABASE target");
-    sql_in(&postgres, "target", "CREATE EXTENSION hstore; CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE SCHEMA \"Sales 'n' \"\"more\"\"\"; CREATE TABLE serials ()");
+    sql_in(
+        &postgres,
+        "target",
+        "CREATE EXTENSION hstore; CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE SCHEMA \"Sales 'n' \"\"more\"\"\"; CREATE TABLE serials ()",
+    );
     let with = |more: &[&'static str]| [&restore[..], &["--into", "target"], more].concat();
     sidecar.ok(&[&with(&["--table", "orders", "--table"])[..], &[odd]].concat());
-    let sums = format!("SELECT (SELECT sum(hashtext(o::text)) FROM orders o), (SELECT sum(hashtext(t::text)) FROM {odd} t)");
+    let sums =
+        format!("SELECT (SELECT sum(hashtext(o::text)) FROM orders o), (SELECT sum(hashtext(t::text)) FROM {odd} t)");
     assert_eq!(sql_in(&postgres, "target", &sums), sql_in(&postgres, "UPPER", &sums));
     assert_eq!(sql_in(&postgres, "target", "SELECT count(*) FROM pg_constraint WHERE conname = 'orders_pkey'"), "1");
     let said = sidecar.fails(1, &with(&["--table", "measured_25", "--table", "serials"]));
@@ -497,7 +528,8 @@ fn single_tables_come_back_and_nothing_is_overwritten_pg15() {
     assert!(said.contains("there is no table"), "{said}");
     // What fails on the way leaves nothing half: the type of a column isn't there.
     postgres.sql("CREATE DATABASE bare");
-    let said = sidecar.fails(69, &[&restore[..], &["--into", "bare", "--table", "measured_25", "--table", "orders"]].concat());
+    let said =
+        sidecar.fails(69, &[&restore[..], &["--into", "bare", "--table", "measured_25", "--table", "orders"]].concat());
     assert!(said.contains("hstore") && said.contains("rolled back"), "{said}");
     assert_eq!(sql_in(&postgres, "bare", "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"), "0");
     let said = sidecar.fails(1, &[&restore[..], &["--into", "nowhere"]].concat());
@@ -525,7 +557,8 @@ fn a_damaged_dump_is_found_and_restores_nothing_pg15() {
     assert_eq!(output.status.code(), Some(65));
     assert_eq!(told(&output).matches("DAMAGED").count(), 2, "{}", told(&output));
     for dump in [&custom, &plain] {
-        let restore = ["dump", "restore", dump["id"].as_str().unwrap(), "--database", "UPPER", "--into", "new", "--create"];
+        let restore =
+            ["dump", "restore", dump["id"].as_str().unwrap(), "--database", "UPPER", "--into", "new", "--create"];
         let output = sidecar.cli(&restore);
         assert!(!output.status.success(), "{}", told(&output));
         assert_eq!(postgres.sql("SELECT count(*) FROM pg_database WHERE datname = 'new'"), "0");
@@ -541,7 +574,8 @@ fn a_host_that_asks_for_tls_and_a_password_is_dumped_without_a_daemon_pg15() {
         .args(["-keyout", "server.key", "-out", "server.crt"])
         .current_dir(&postgres.data));
     postgres.configure(&["ssl = on", "password_encryption = 'scram-sha-256'"]);
-    fs::write(postgres.data.join("pg_hba.conf"), "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n").unwrap();
+    fs::write(postgres.data.join("pg_hba.conf"), "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n")
+        .unwrap();
     postgres.port = crate::support::free_port();
     postgres.start(&["-c", "listen_addresses=127.0.0.1"]);
     postgres.sql("CREATE ROLE dumper SUPERUSER LOGIN PASSWORD 'se:cret'");
@@ -586,6 +620,18 @@ fn dumps_and_restores_stay_within_128_mib_pg17() {
     let size = record["databases"][0]["size"].as_u64().unwrap();
     assert!(size > 128 << 20, "{size}");
     limited(&["dump", "verify", "--deep"]);
-    limited(&["dump", "restore", record["id"].as_str().unwrap(), "--database", "postgres", "--into", "copy", "--create"]);
-    assert_eq!(sql_in(&postgres, "copy", "SELECT sum(hashtext(t::text)) FROM t"), postgres.sql("SELECT sum(hashtext(t::text)) FROM t"));
+    limited(&[
+        "dump",
+        "restore",
+        record["id"].as_str().unwrap(),
+        "--database",
+        "postgres",
+        "--into",
+        "copy",
+        "--create",
+    ]);
+    assert_eq!(
+        sql_in(&postgres, "copy", "SELECT sum(hashtext(t::text)) FROM t"),
+        postgres.sql("SELECT sum(hashtext(t::text)) FROM t")
+    );
 }
