@@ -196,11 +196,12 @@ mod tests {
         let mut tail = TailWriter { inner: Vec::new(), tail: Vec::new() };
         tail.write_all(&vec![b'x'; 3000]).unwrap();
         assert!(!is_complete(&tail.tail) && tail.tail.len() == TRAILER_BYTES);
-        tail.write_all(b"--\n-- PostgreSQL database dump").unwrap();
-        tail.write_all(b" complete\n--\n\n\\unrestrict abc\n").unwrap();
+        let (first, second) = ("--\n-- PostgreSQL database dump", " complete\n--\n\n\\unrestrict abc\n");
+        tail.write_all(first.as_bytes()).unwrap();
+        tail.write_all(second.as_bytes()).unwrap();
         assert!(is_complete(&tail.tail));
         tail.write_all(&vec![b'x'; TRAILER_BYTES]).unwrap();
         assert!(!is_complete(&tail.tail));
-        assert_eq!(tail.inner.len(), 3000 + 31 + 30 + TRAILER_BYTES);
+        assert_eq!(tail.inner.len(), 3000 + first.len() + second.len() + TRAILER_BYTES);
     }
 }

@@ -53,7 +53,7 @@ use crate::{
 };
 
 /// How often a database is tried whose objects vanish while pg_dump looks at them.
-const TRIES: u32 = 3;
+const TRIES: u32 = 5;
 /// How long pg_dump waits for a lock, unless it's said.
 pub const LOCK_WAIT: Duration = Duration::from_secs(600);
 /// gzip's level where pg_dump has no zstd: the higher ones take several times as long for a few percent.
@@ -301,7 +301,7 @@ impl Run<'_> {
         let role_passwords = self.found.sees_passwords;
         if !role_passwords {
             command.arg("--no-role-passwords");
-            warnings.push("the roles' passwords aren't in the dump: only superusers may read them".to_owned());
+            warnings.push("the roles' passwords aren't in the dump: this role may not read them".to_owned());
         }
         let dumping = archive::sql(self.start(command)?, self.repository.level(), self.counted());
         let key = self.repository.layout().dump(self.id, DumpObject::Globals);
@@ -363,18 +363,19 @@ fn is_by_ddl(message: &str) -> bool {
 
 /// What to do about what pg_dump said.
 fn explain(failure: Failure) -> Failure {
-    let hint = match &failure.message {
-        message if message.contains("permission denied") => {
-            "Grant pg_read_all_data to the role (PostgreSQL 14 and later), or leave the database out with --exclude."
-        }
-        message if message.contains("row-level security") || message.contains("row security") => {
-            "Dump as a role with BYPASSRLS: with row security, rows would be missing unnoticed."
-        }
-        message if message.contains("lock") => {
-            "Something holds a lock: look at pg_locks. --lock-wait-timeout says how long pg_dump waits."
-        }
-        message if message.contains("server version mismatch") => "Install client tools of the server's major version.",
-        _ => "Nothing of the dump is listed. Earlier dumps are as they were.",
+    let said = |part: &str| failure.message.contains(part);
+    let hint = if said("permission denied for large object") {
+        "Large objects are their owners': dump as a superuser, or grant SELECT ON LARGE OBJECT."
+    } else if said("permission denied") {
+        "Grant pg_read_all_data to the role (PostgreSQL 14 and later), or leave the database out with --exclude."
+    } else if said("row-level security") || said("row security") {
+        "Dump as a role with BYPASSRLS: with row security, rows would be missing unnoticed."
+    } else if said("statement timeout") || said("lock timeout") {
+        "Something holds a lock: look at pg_locks. --lock-wait-timeout says how long pg_dump waits."
+    } else if said("server version mismatch") {
+        "Install client tools of the server's major version."
+    } else {
+        "Nothing of the dump is listed. Earlier dumps are as they were."
     };
     failure.hint(hint)
 }

@@ -3,10 +3,13 @@
 
 use std::{
     io::{self, Read, Write},
+    os::unix::process::CommandExt,
     process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
 };
+
+use rustix::process::{Pid, Signal};
 
 use crate::failure::{Code, Failure};
 
@@ -27,7 +30,15 @@ pub struct Killer(Arc<Mutex<Child>>);
 
 impl Drop for Killer {
     fn drop(&mut self) {
-        let _ = self.0.lock().unwrap_or_else(PoisonError::into_inner).kill();
+        kill(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Kills the program with what it has started: a child of a wrapper's would hold the pipes open.
+fn kill(child: &mut Child) {
+    // Once it has been waited for, its number may be another's.
+    if let Ok(None) = child.try_wait() {
+        let _ = rustix::process::kill_process_group(Pid::from_child(child), Signal::KILL);
     }
 }
 
@@ -39,7 +50,8 @@ impl Program {
     pub fn start(command: &mut Command) -> Result<Program, Failure> {
         let name = std::path::Path::new(command.get_program());
         let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        command.stderr(Stdio::piped());
+        // In a group of its own: what a terminal's Ctrl-C ends is ended by us, in order.
+        command.stderr(Stdio::piped()).process_group(0);
         let mut child = command.spawn().map_err(|error| Failure::io(format!("running {name}"), &error))?;
         let stderr = child.stderr.take().map(|mut stderr| std::thread::spawn(move || keep(&mut stderr)));
         Ok(Program { name, child: Arc::new(Mutex::new(child)), stderr })
@@ -101,7 +113,7 @@ impl Program {
 impl Drop for Program {
     fn drop(&mut self) {
         let mut child = self.locked();
-        let _ = child.kill();
+        kill(&mut child);
         let _ = child.wait();
     }
 }
@@ -160,4 +172,31 @@ pub fn pump(
         }
     }
     program.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn what_a_wrapper_has_started_is_killed_with_it() {
+        let began = Instant::now();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "sleep 60; true"]);
+        let ended = runtime.block_on(async { tokio::time::timeout(Duration::from_millis(300), output(shell)).await });
+        // Waits for the thread that reads, and so for the pipe's end.
+        drop(runtime);
+        assert!(ended.is_err() && began.elapsed() < Duration::from_secs(30));
+    }
+
+    #[tokio::test]
+    async fn a_program_that_fails_is_told_with_what_it_said() {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "echo half; echo 'error: lost' >&2; exit 3"]);
+        let failure = output(shell).await.unwrap_err();
+        assert_eq!(failure.message, "sh ended with exit status: 3: error: lost");
+    }
 }

@@ -171,20 +171,18 @@ async fn entries_of_tables(
     tables: &[TableName],
 ) -> Result<Vec<String>, Failure> {
     let wanted = tables.to_vec();
-    let found = Arc::new(std::sync::Mutex::new(vec![Vec::<String>::new(); tables.len()]));
+    let found = Arc::new(std::sync::Mutex::new(Vec::<(usize, String)>::new()));
     let filled = found.clone();
     archive::table_of_contents(server.tools(), repository, key, move |line| {
-        let Ok(mut found) = filled.lock() else { return };
-        for (lines, table) in found.iter_mut().zip(&wanted) {
-            if is_of_table(line, table) {
-                lines.push(line.to_owned());
-            }
+        if let (Ok(mut found), Some(table)) = (filled.lock(), wanted.iter().position(|table| is_of_table(line, table)))
+        {
+            found.push((table, line.to_owned()));
         }
     })
     .await?;
     let found = std::mem::take(&mut *found.lock().map_err(|_| Failure::internal("reading a table of contents"))?);
-    for (lines, table) in found.iter().zip(tables) {
-        let definitions = lines.iter().filter(|line| is_definition(line)).count();
+    for (n, table) in tables.iter().enumerate() {
+        let definitions = found.iter().filter(|(of, line)| *of == n && is_definition(line)).count();
         if definitions == 0 {
             return Err(Failure::new(Code::NotFound, format!("there is no table {table} in the dump")).hint(
                 "Names are as in SQL: SCHEMA.TABLE, in double quotes where upper case counts; without a schema it's public.",
@@ -198,7 +196,8 @@ async fn entries_of_tables(
             .hint("Restore the whole database into a new one (--into NAME --create), and copy the table from there."));
         }
     }
-    Ok(found.into_iter().flatten().collect())
+    // In the archive's order: pg_restore can't go back in what is streamed to it.
+    Ok(found.into_iter().map(|(_, line)| line).collect())
 }
 
 /// What stands in a line behind the numbers: `3456; 1259 16385 TABLE public orders postgres`.

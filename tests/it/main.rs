@@ -17,6 +17,7 @@ mod clone;
 mod crash;
 mod daemon;
 mod drills;
+mod dumps;
 mod failover;
 mod hardened;
 mod in_place;

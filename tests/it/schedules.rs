@@ -122,7 +122,10 @@ fn a_run_begins_in_its_minute_and_what_can_not_be_done_is_told_pg15() {
     let (mut postgres, mut sidecar) = beside(&scratch, 15, &["--wal-segsize=1"], &Repository::directory(&scratch));
     postgres.start(&[]);
     let (cron, _) = half_an_hour_ago();
-    schedule(&mut sidecar, &[("VERIFY", "* * * * *"), ("DUMP", &cron), ("TIME_ZONE", "Europe/Berlin")]);
+    schedule(
+        &mut sidecar,
+        &[("VERIFY", "* * * * *"), ("DUMP", &cron), ("PRUNE", &cron), ("TIME_ZONE", "Europe/Berlin")],
+    );
     let wrong = [("VERIFY", "* * *"), ("TIME_ZONE", "Middle/Earth")];
     let mut mistaken = Sidecar::another(&scratch, "mistaken", &postgres, &Repository::directory(&scratch));
     schedule(&mut mistaken, &wrong);
@@ -136,11 +139,15 @@ fn a_run_begins_in_its_minute_and_what_can_not_be_done_is_told_pg15() {
     assert_eq!(offline[1]["task"], "verify");
     sidecar.set("PGSIDECAR_SCHEDULE_TIME_ZONE", "UTC");
     seen_days_ago(&scratch, &postgres, "dump", &cron);
+    seen_days_ago(&scratch, &postgres, "prune", &cron);
     sidecar.start();
-    wait_until("the dump is refused", PATIENCE, || task(&sidecar, "dump")["failures"] == 1);
+    // Nobody has said what is to be kept.
+    wait_until("the prune is refused", PATIENCE, || task(&sidecar, "prune")["failures"] == 1);
     let status = sidecar.json(&["status"]);
-    assert!(status["problems"].to_string().contains("the scheduled dump failed once"), "{status}");
-    assert!(sidecar.ok(&["schedule"]).contains("HINT: Unset PGSIDECAR_SCHEDULE_DUMP."));
+    assert!(status["problems"].to_string().contains("the scheduled prune failed once"), "{status}");
+    assert!(sidecar.ok(&["schedule"]).contains("PGSIDECAR_RETENTION_WINDOW"), "{}", sidecar.ok(&["schedule"]));
+    wait_until("the dump is made", PATIENCE, || records(&scratch, &postgres, "dump").len() == 2);
+    assert_eq!(task(&sidecar, "dump")["last_success"]["result"], sidecar.json(&["dump", "list"])[0]["id"]);
     wait_until("a minute begins", Duration::from_secs(80), || {
         records(&scratch, &postgres, "verify").iter().any(|record| record["outcome"]["succeeded"].is_string())
     });

@@ -65,8 +65,14 @@ impl<'de> Deserialize<'de> for DumpId {
 const MAX_NAME_BYTES: usize = 63;
 
 /// A database's name: 1 to 63 bytes of UTF-8, any characters but NUL.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DatabaseName(String);
+
+impl fmt::Debug for DatabaseName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
 
 impl DatabaseName {
     /// The name as it is.
