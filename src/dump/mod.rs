@@ -17,6 +17,8 @@ pub mod globals;
 pub mod program;
 pub mod restore;
 pub mod server;
+mod tables;
+mod target;
 pub mod tools;
 pub mod verify;
 

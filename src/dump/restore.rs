@@ -15,18 +15,14 @@ use std::{
 };
 
 use pgsidecar_core::{
-    DumpRecord, ObjectKey, TableName,
+    DumpRecord, TableName,
     backup::StoredObject,
     dump::{DatabaseName, DumpFormat, DumpedDatabase},
     layout::DumpObject,
 };
 use serde::Serialize;
 
-use super::{
-    archive,
-    program::Program,
-    server::{Server, literal},
-};
+use super::{archive, program::Program, server::Server, tables, target};
 use crate::{
     codec::{self, ChannelReader, HashingReader},
     failure::{Code, Failure},
@@ -40,21 +36,6 @@ const HELD_BYTES: usize = 4096;
 const HEADER_BYTES: usize = 4096;
 /// What pg_dump and pg_restore set at the beginning, and since which version there is such a parameter.
 const NEWER_PARAMETERS: [(&str, u32); 1] = [("SET transaction_timeout = 0;\n", 170_000)];
-/// How many names are told of what is in the way.
-const TOLD_NAMES: usize = 5;
-/// What of an archive belongs to a table by its name.
-const TABLE_ENTRIES: [&str; 9] = [
-    "TABLE",
-    "TABLE DATA",
-    "FOREIGN TABLE",
-    "VIEW",
-    "MATERIALIZED VIEW",
-    "MATERIALIZED VIEW DATA",
-    "SEQUENCE",
-    "SEQUENCE SET",
-    "CONSTRAINT",
-];
-
 /// What is wanted.
 #[derive(Clone, Debug)]
 pub struct DumpRestore {
@@ -114,13 +95,13 @@ pub async fn restore(
     }
     let entries = match request.tables.is_empty() {
         true => None,
-        false => Some(entries_of_tables(server, repository, &key, &request.tables).await?),
+        false => Some(tables::entries(server, repository, &key, &request.tables).await?),
     };
     progress.enter(Phase::Writing);
     if request.create {
-        create_database(server, dumped, request, &mut warnings).await?;
+        target::create(server, dumped, request, &mut warnings).await?;
     } else {
-        check_target(server, request).await?;
+        target::check(server, request).await?;
     }
     let restored = progress
         .unless_cancelled(stream(server, repository, record, request, dumped, entries, server_version, progress))
@@ -161,172 +142,6 @@ fn explain(failure: Failure) -> Failure {
             .hint("Create the roles first ('pgsidecar dump restore ID --globals' does), or restore with --no-owner."),
         false => failure.hint("All of it was one transaction, which was rolled back."),
     }
-}
-
-/// The lines of the archive's table of contents that are about these tables.
-async fn entries_of_tables(
-    server: &Server,
-    repository: &Repository,
-    key: &ObjectKey,
-    tables: &[TableName],
-) -> Result<Vec<String>, Failure> {
-    let wanted = tables.to_vec();
-    let found = Arc::new(std::sync::Mutex::new(Vec::<(usize, String)>::new()));
-    let filled = found.clone();
-    archive::table_of_contents(server.tools(), repository, key, move |line| {
-        if let (Ok(mut found), Some(table)) = (filled.lock(), wanted.iter().position(|table| is_of_table(line, table)))
-        {
-            found.push((table, line.to_owned()));
-        }
-    })
-    .await?;
-    let found = std::mem::take(&mut *found.lock().map_err(|_| Failure::internal("reading a table of contents"))?);
-    for (n, table) in tables.iter().enumerate() {
-        let definitions = found.iter().filter(|(of, line)| *of == n && is_definition(line)).count();
-        if definitions == 0 {
-            return Err(Failure::new(Code::NotFound, format!("there is no table {table} in the dump")).hint(
-                "Names are as in SQL: SCHEMA.TABLE, in double quotes where upper case counts; without a schema it's public.",
-            ));
-        }
-        if definitions > 1 {
-            return Err(Failure::new(
-                Code::InvalidRequest,
-                format!("{table} can't be told from others whose names begin so"),
-            )
-            .hint("Restore the whole database into a new one (--into NAME --create), and copy the table from there."));
-        }
-    }
-    // In the archive's order: pg_restore can't go back in what is streamed to it.
-    Ok(found.into_iter().map(|(_, line)| line).collect())
-}
-
-/// What stands in a line behind the numbers: `3456; 1259 16385 TABLE public orders postgres`.
-fn described(line: &str) -> &str {
-    line.splitn(4, ' ').nth(3).unwrap_or_default()
-}
-
-fn is_of_table(line: &str, table: &TableName) -> bool {
-    // pg_restore writes line ends as blanks here.
-    let one_line = |text: &str| text.replace(['\n', '\r'], " ");
-    let name = format!(" {} {} ", one_line(&table.schema), one_line(&table.name));
-    TABLE_ENTRIES.iter().any(|kind| described(line).strip_prefix(kind).is_some_and(|rest| rest.starts_with(&name)))
-}
-
-fn is_definition(line: &str) -> bool {
-    let kinds = ["TABLE ", "FOREIGN TABLE ", "VIEW ", "MATERIALIZED VIEW ", "SEQUENCE "];
-    let no_definition = ["TABLE DATA ", "MATERIALIZED VIEW DATA ", "SEQUENCE SET "];
-    let line = described(line);
-    kinds.iter().any(|kind| line.starts_with(kind)) && !no_definition.iter().any(|kind| line.starts_with(kind))
-}
-
-/// What is in a database that isn't in a new one, as names; what extensions bring counts as the extension.
-const CONTENT: &str = "WITH own AS (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'), \
-    content (name) AS (\
-      SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-        WHERE n.oid IN (SELECT oid FROM own) AND c.relkind NOT IN ('i', 'I', 't') AND NOT EXISTS (SELECT FROM pg_depend d \
-          WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e') \
-      UNION ALL SELECT p.oid::regprocedure::text FROM pg_proc p WHERE p.pronamespace IN (SELECT oid FROM own) AND NOT EXISTS (\
-        SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e') \
-      UNION ALL SELECT 'type ' || t.oid::regtype::text FROM pg_type t WHERE t.typnamespace IN (SELECT oid FROM own) \
-        AND t.typtype IN ('d', 'e', 'r') AND NOT EXISTS (\
-        SELECT FROM pg_depend d WHERE d.classid = 'pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e') \
-      UNION ALL SELECT 'schema ' || quote_ident(nspname) FROM pg_namespace WHERE oid IN (SELECT oid FROM own) AND nspname <> 'public' \
-      UNION ALL SELECT 'extension ' || quote_ident(extname) FROM pg_extension WHERE extname <> 'plpgsql' \
-      UNION ALL SELECT 'large object ' || oid FROM pg_largeobject_metadata) \
-    SELECT json_build_object('count', (SELECT count(*) FROM content), \
-      'names', coalesce((SELECT json_agg(name) FROM (SELECT name FROM content LIMIT 5) AS first), '[]'))";
-
-#[derive(serde::Deserialize)]
-struct Content {
-    count: u64,
-    names: Vec<String>,
-}
-
-/// Refuses a database that isn't there, or in which something would be overwritten.
-async fn check_target(server: &Server, request: &DumpRestore) -> Result<(), Failure> {
-    let into = &request.into;
-    if !server.has_database_named(into).await? {
-        return Err(Failure::new(Code::NotFound, format!("there is no database {:?}", into.as_str()))
-            .hint("--create makes it; --into names another one."));
-    }
-    if request.tables.is_empty() && !request.clean {
-        let content: Content = server.json(Some(into), CONTENT).await?;
-        if content.count == 0 {
-            return Ok(());
-        }
-        let more = content.count.saturating_sub(TOLD_NAMES as u64);
-        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        return Err(Failure::new(
-            Code::Conflict,
-            format!("database {:?} isn't empty: it has {}{more}", into.as_str(), content.names.join(", ")),
-        )
-        .hint("Nothing was changed. Restore into a new one (--into NAME --create), or let what the dump has be dropped first (--clean)."));
-    }
-    if request.clean {
-        return Ok(());
-    }
-    for table in &request.tables {
-        let sql = format!(
-            "SELECT to_json(EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = {} AND c.relname = {}))",
-            literal(&table.schema),
-            literal(&table.name)
-        );
-        if server.json(Some(into), &sql).await? {
-            return Err(Failure::new(Code::Conflict, format!("{table} exists in database {:?}", into.as_str())).hint(
-                "Nothing was changed. Restore into another database (--into NAME --create), rename the table, or let it be dropped first (--clean).",
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Creates the database as it was, under the name that it shall have.
-async fn create_database(
-    server: &Server,
-    dumped: &DumpedDatabase,
-    request: &DumpRestore,
-    warnings: &mut Vec<String>,
-) -> Result<(), Failure> {
-    let (into, properties) = (&request.into, &dumped.properties);
-    if server.has_database_named(into).await? {
-        return Err(Failure::new(Code::Conflict, format!("database {:?} exists already", into.as_str()))
-            .hint("Nothing was changed. Name another one with --into, or restore into it without --create."));
-    }
-    let mut sql = format!(
-        "CREATE DATABASE {} TEMPLATE template0 ENCODING {} LC_COLLATE {} LC_CTYPE {}",
-        into.quoted(),
-        literal(&properties.encoding),
-        literal(&properties.collate),
-        literal(&properties.ctype)
-    );
-    match (properties.locale_provider.as_str(), &properties.locale) {
-        ("icu", Some(locale)) => sql += &format!(" LOCALE_PROVIDER icu ICU_LOCALE {}", literal(locale)),
-        ("builtin", Some(locale)) => sql += &format!(" LOCALE_PROVIDER builtin BUILTIN_LOCALE {}", literal(locale)),
-        _ => {}
-    }
-    let created = server.run(None, &sql).await;
-    created.map_err(|failure| failure.context(format!("creating database {:?}", into.as_str())))?;
-    if request.tables.is_empty() && !request.no_owner {
-        let owner = format!("\"{}\"", properties.owner.replace('"', "\"\""));
-        let mut statements = vec![format!("ALTER DATABASE {} OWNER TO {owner}", into.quoted())];
-        for setting in &properties.settings {
-            if let Some((name, value)) = setting.split_once('=') {
-                let quoted = name.split('.').map(|part| format!("\"{part}\"")).collect::<Vec<_>>().join(".");
-                statements.push(format!(
-                    "SELECT set_config({}, {}, false); ALTER DATABASE {} SET {quoted} FROM CURRENT",
-                    literal(name),
-                    literal(value),
-                    into.quoted()
-                ));
-            }
-        }
-        for statement in statements {
-            if let Err(failure) = server.run(None, &statement).await {
-                warnings.push(format!("the new database lacks something of the old one: {failure}"));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Runs the SQL in one transaction. Answers with how much there was.
@@ -574,27 +389,5 @@ mod tests {
         let header = b"--\n\nSET lock_timeout = 0;\nSET transaction_timeout = 0;\nSET x = 1;\n";
         assert_eq!(without_newer(header, 150_018), b"--\n\nSET lock_timeout = 0;\nSET x = 1;\n");
         assert_eq!(without_newer(header, 170_005), header);
-    }
-
-    #[test]
-    fn a_table_s_entries_are_known_by_their_names() {
-        let table: TableName = "sales.orders".parse().unwrap();
-        for line in [
-            "215; 1259 16385 TABLE sales orders postgres",
-            "3412; 0 16385 TABLE DATA sales orders postgres",
-            "3266; 2606 16391 CONSTRAINT sales orders orders_pkey postgres",
-        ] {
-            assert!(is_of_table(line, &table), "{line}");
-        }
-        for line in [
-            "215; 1259 16385 TABLE sales orders2 postgres",
-            "215; 1259 16385 TABLE public orders postgres",
-            "3267; 2606 16391 FK CONSTRAINT sales orders orders_fkey postgres",
-            "3300; 0 0 COMMENT sales TABLE orders postgres",
-        ] {
-            assert!(!is_of_table(line, &table), "{line}");
-        }
-        assert!(is_definition("215; 1259 16385 TABLE sales orders postgres"));
-        assert!(!is_definition("3412; 0 16385 TABLE DATA sales orders postgres"));
     }
 }
