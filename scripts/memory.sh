@@ -183,7 +183,9 @@ start() { run pg_ctl -D "$PGDATA" -w -t 300 -l "$WORK/postgres.log" "$@" start >
 log "writing a database of $SIZE_MB MB"
 start -o "-c wal_level=minimal -c archive_mode=off -c max_wal_senders=0"
 # What is repeated is the whole row, each time: zstd finds it within the 8 kB, PostgreSQL doesn't look (STORAGE EXTERNAL).
-sql live "CREATE FUNCTION repeat_bytes(bytea) RETURNS bytea LANGUAGE sql IMMUTABLE AS \$\$ SELECT $(printf '$1%.0s' 1; for _ in $(seq 2 "$COMPRESSIBLE"); do printf ' || $1'; done) \$\$"
+BYTES=\$1
+for _ in $(seq 2 "$COMPRESSIBLE"); do BYTES+=" || \$1"; done
+sql live "CREATE FUNCTION repeat_bytes(bytea) RETURNS bytea LANGUAGE sql IMMUTABLE AS \$\$ SELECT $BYTES \$\$"
 ARCHIVED_MB=$((SIZE_MB < 2048 ? SIZE_MB : 2048))
 TABLES=()
 for n in $(seq $(((SIZE_MB - ARCHIVED_MB) / 1024))); do
