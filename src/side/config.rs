@@ -21,6 +21,9 @@ impl std::str::FromStr for ServerSetting {
     fn from_str(text: &str) -> Result<ServerSetting, String> {
         let letter = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._".contains(c);
         match text.split_once('=') {
+            Some((name, _)) if ELSEWHERE.contains(&name) => {
+                Err(format!("{name} can't be set: a private server reads no other configuration and no other data"))
+            }
             Some((name, value))
                 if name.starts_with(|c: char| c.is_ascii_lowercase())
                     && name.chars().all(letter)
@@ -33,6 +36,9 @@ impl std::str::FromStr for ServerSetting {
     }
 }
 
+/// What would make it read other files than its own: directives of `postgresql.conf` that are no settings (guc-file.l takes
+/// them with a `=` as well), and where its data are. The file's `data_directory` outranks `-D` (SelectConfigFiles, guc.c).
+const ELSEWHERE: [&str; 5] = ["include", "include_dir", "include_if_exists", "config_file", "data_directory"];
 /// Prepared transactions that there is room for at least: the server may have got more since the backup.
 const PREPARED_TRANSACTIONS: u32 = 200;
 /// pg_dump locks every table of a database: there are as many locks as this times connections and prepared transactions.
@@ -144,7 +150,7 @@ mod tests {
         let setting: ServerSetting = "search_path=it's, \"x\\y\"".parse().unwrap();
         let conf = postgresql_conf(&ControlFile::parse(CONTROL).unwrap(), 15, &[setting]);
         assert!(conf.ends_with("search_path = 'it''s, \"x\\\\y\"'\n"), "{conf}");
-        for text in ["work_mem", "=1", "work mem=1", "include 'x'=1", "a=b\nc=d", "Work_mem=1"] {
+        for text in ["work_mem", "=1", "work mem=1", "include 'x'=1", "a=b\nc=d", "Work_mem=1", "include=x", "include_dir=/etc", "data_directory=/live"] {
             assert!(text.parse::<ServerSetting>().is_err(), "{text:?}");
         }
     }

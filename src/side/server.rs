@@ -74,6 +74,8 @@ impl SideServer {
         let mut command = Command::new("sh");
         command.args(["-c", KEEPER, "sh"]).arg(postgres).arg("-D").arg(data);
         command.arg("-c").arg(format!("config_file={}", run.join("postgresql.conf").display()));
+        // A file's would outrank -D.
+        command.arg("-c").arg(format!("data_directory={}", data.display()));
         for (name, value) in guards {
             command.arg("-c").arg(format!("{name}={value}"));
         }
