@@ -149,10 +149,10 @@ async fn a_million_segments_are_looked_through_with_few_requests_and_little_memo
     assert_eq!(segments, [SWITCH - BACKUP - 1, other.segments], "nothing from before the backup");
     let [limit] = verified.limited_backups.as_slice() else { panic!("{:?}", verified.limited_backups) };
     assert_eq!((limit.lacks, limit.reachable), (segment(650_000), SIZE.start_of(650_000)));
-    // 100 and 300 pages of segments; the timelines and the backups.
-    assert_eq!(store.requests(Operation::List), 402);
+    // 100 and 300 pages of segments; the timelines, the backups and the pins.
+    assert_eq!(store.requests(Operation::List), 403);
     assert_eq!(store.requests(Operation::Get), 4, "cluster.json, the history, that of timeline 1, backup.json");
-    assert_eq!(store.take_requests(), 406);
+    assert_eq!(store.take_requests(), 407);
 
     // What the daemon asks is a request each: whether a segment is there, for it, and from where on.
     let absent = repository.layout().wal(&ArchiveFileName::Segment(segment(650_000)));
