@@ -14,6 +14,7 @@
 pub mod archive;
 pub mod claim;
 pub mod globals;
+mod plain;
 pub mod program;
 pub mod restore;
 pub mod server;

@@ -565,6 +565,32 @@ fn a_damaged_dump_is_found_and_restores_nothing_pg15() {
 }
 
 #[test]
+fn a_plain_dump_with_large_objects_goes_into_a_new_database_alone_pg15() {
+    let scratch = Scratch::new();
+    let postgres = filled(&scratch, 15);
+    let repository = Repository::directory(&scratch);
+    let sidecar = alone(&scratch, &postgres, &repository, 15);
+    for database in ["there", "small"] {
+        postgres.sql(&format!("CREATE DATABASE {database}"));
+    }
+    sql_in(&postgres, "small", "CREATE TABLE t AS SELECT 1 AS n");
+    let record = dump(&sidecar, &["--include", "UPPER", "--include", "small", "--format", "plain"]);
+    let restore = |of: &'static str| ["dump", "restore", record["id"].as_str().unwrap(), "--database", of];
+    let said = sidecar.fails(2, &[&restore("UPPER")[..], &["--into", "there"]].concat());
+    assert!(said.contains("has large objects") && said.contains("Nothing was changed"), "{said}");
+    assert_eq!(sql_in(&postgres, "there", "SELECT count(*) FROM pg_class WHERE relname = 'orders'"), "0");
+    sidecar.ok(&[&restore("UPPER")[..], &["--into", "new", "--create"]].concat());
+    assert_eq!(content(&postgres, "new"), content(&postgres, "UPPER"));
+    sidecar.ok(&[&restore("small")[..], &["--into", "there"]].concat());
+    assert_eq!(sql_in(&postgres, "there", "SELECT n FROM t"), "1");
+    // What fails behind the large objects leaves no database behind.
+    postgres.sql("ALTER ROLE shop RENAME TO gone");
+    let said = sidecar.fails(69, &[&restore("UPPER")[..], &["--into", "again", "--create"]].concat());
+    assert!(said.contains("role \"shop\" does not exist"), "{said}");
+    assert_eq!(postgres.sql("SELECT count(*) FROM pg_database WHERE datname = 'again'"), "0");
+}
+
+#[test]
 fn a_host_that_asks_for_tls_and_a_password_is_dumped_without_a_daemon_pg15() {
     let scratch = Scratch::new();
     let mut postgres = Postgres::initdb(&scratch, 15, &[]);
