@@ -163,14 +163,14 @@ impl Server {
             .map_err(|error| Failure::internal(format!("an answer of PostgreSQL: {error}: {text:?}")))
     }
 
-    /// Runs SQL.
+    /// Runs SQL, which nobody sees on a command line.
     ///
     /// # Errors
-    /// What psql says.
+    /// What psql says, without the statement.
     pub async fn run(&self, database: Option<&DatabaseName>, sql: &str) -> Result<String, Failure> {
         let mut psql = self.psql(database)?;
-        psql.args(["-c", sql]);
-        program::output(psql).await.map_err(|failure| {
+        psql.args(["-v", "VERBOSITY=terse"]);
+        program::output_for(psql, format!("{sql};\n")).await.map_err(|failure| {
             failure.hint(
                 "Check PGHOST, PGPORT and PGUSER, the password in PGPASSFILE or PGPASSWORD, and the role's rights.",
             )
