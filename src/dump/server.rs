@@ -114,8 +114,12 @@ impl Server {
             .env("PGUSER", &connection.user)
             .env("PGDATABASE", &connection.database)
             .env("PGAPPNAME", "pgsidecar")
-            .env("PGCLIENTENCODING", "UTF8")
             .env("LC_ALL", "C");
+        // A dump has its database's own encoding: not all that can be in one can be converted. Globals and answers are UTF-8.
+        match name {
+            "pg_dump" => command.env_remove("PGCLIENTENCODING"),
+            _ => command.env("PGCLIENTENCODING", "UTF8"),
+        };
         if std::env::var_os("PGCONNECT_TIMEOUT").is_none() {
             command.env("PGCONNECT_TIMEOUT", "15");
         }
