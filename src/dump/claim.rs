@@ -3,14 +3,14 @@
 
 use jiff::{SignedDuration, Timestamp};
 use pgsidecar_core::{
-    DumpId,
+    DumpId, ObjectKey,
     layout::{DumpObject, RepositoryObject},
 };
 
 use crate::{
-    backup::claim::remove_objects,
     failure::{Code, Failure},
     repository::{DumpClaim, Repository},
+    store::{ListRequest, Pages, StoreError},
 };
 
 /// How many ids are tried: each second has one.
@@ -66,12 +66,42 @@ pub async fn remove_remains(repository: &Repository, instance: &str) {
     }
 }
 
-/// Removes an incomplete dump, its claim last. As far as it goes.
+/// Removes an incomplete dump, its claim last. As far as it goes. One that has a record by now stays, and a record is never
+/// removed here: who takes long to look may find that the dump was completed meanwhile.
 pub async fn remove(repository: &Repository, id: DumpId) {
-    let layout = repository.layout();
-    let (claim, record) = (layout.dump(id, DumpObject::Started), layout.dump(id, DumpObject::Record));
-    if let Err(error) = remove_objects(repository, &layout.dump_prefix(id), &claim, &record).await {
+    if let Err(error) = try_remove(repository, id).await {
         tracing::warn!(dump = %id, %error, "the remains of an incomplete dump could not be removed; the next dump tries again");
+    }
+}
+
+async fn try_remove(repository: &Repository, id: DumpId) -> Result<(), StoreError> {
+    let (store, layout) = (repository.store(), repository.layout());
+    let (claim, record) = (layout.dump(id, DumpObject::Started), layout.dump(id, DumpObject::Record));
+    let prefix = layout.dump_prefix(id);
+    // Whatever is in it: a record that can't be read is for people to look at.
+    let is_complete = async || Ok::<_, StoreError>(store.head(&record).await?.is_some());
+    let delete = async |keys: &[ObjectKey]| match store.delete(keys).await?.into_iter().next() {
+        Some((_, error)) => Err(error),
+        None => Ok(()),
+    };
+    if is_complete().await? {
+        return Ok(());
+    }
+    for upload in store.pending_uploads(&prefix).await? {
+        store.abort_pending(&upload).await?;
+    }
+    let mut pages = Pages::new(store, ListRequest::under(&prefix));
+    while let Some(page) = pages.next().await? {
+        let keys = page.objects.into_iter().map(|object| object.key);
+        let keys: Vec<_> = keys.filter(|key| *key != claim && *key != record).collect();
+        if is_complete().await? {
+            return Ok(());
+        }
+        delete(&keys).await?;
+    }
+    match is_complete().await? {
+        true => Ok(()),
+        false => delete(std::slice::from_ref(&claim)).await,
     }
 }
 
@@ -96,5 +126,24 @@ mod tests {
         assert_eq!(repository.dump_ids().await.unwrap(), [long_ago, ours, theirs]);
         remove_remains(&repository, "a").await;
         assert_eq!(repository.dump_ids().await.unwrap(), [theirs]);
+    }
+
+    #[tokio::test]
+    async fn what_has_a_record_by_now_stays_whatever_the_record_says() {
+        let layout = Layout::new("test/pg".parse().unwrap(), "7710543486334591142".parse().unwrap());
+        let repository = Repository::new(Arc::new(MemoryStore::new()), layout.clone(), 1);
+        let id = claim(&repository, "a").await.unwrap();
+        let keys = [DumpObject::Globals, DumpObject::Record].map(|object| layout.dump(id, object));
+        for key in &keys {
+            repository.store().create(key, b"x".to_vec().into(), None).await.unwrap();
+        }
+        // As if it had been found incomplete before.
+        remove(&repository, id).await;
+        for key in &keys {
+            assert!(repository.store().head(key).await.unwrap().is_some(), "{key}");
+        }
+        repository.store().delete(&keys[1..]).await.unwrap();
+        remove(&repository, id).await;
+        assert_eq!(repository.dump_ids().await.unwrap(), []);
     }
 }

@@ -10,10 +10,13 @@
 //!    Whatever else fails fails the dump.
 //! 4. The globals, last: roles that were made meanwhile, and own something in a database, are in them.
 //! 5. Every object is looked up once more, and `dump.json` is written, the commit marker. Nothing is ever deleted before.
+//!    Then the record is read back, and all is looked up again: another could have taken the dump for remains.
 
 pub mod archive;
 pub mod claim;
+mod commit;
 pub mod globals;
+mod plain;
 pub mod program;
 pub mod restore;
 pub mod server;
@@ -173,11 +176,6 @@ impl Run<'_> {
         }
         self.progress.note_doing("globals");
         let globals = self.globals(&mut warnings).await?;
-        for database in &databases {
-            let object = DumpObject::Database(database.name.clone(), self.request.format);
-            self.check_there(&object, database.stored).await?;
-        }
-        self.check_there(&DumpObject::Globals, globals.stored).await?;
         let tools = self.server.tools();
         let record = DumpRecord {
             format: DUMP_FORMAT,
@@ -195,8 +193,11 @@ impl Run<'_> {
             warnings,
             writer: format!("pgsidecar {}", env!("CARGO_PKG_VERSION")),
         };
+        commit::check_objects(self.repository, &record).await?;
         self.progress.committing.store(true, Relaxed);
         self.repository.store_json(&RepositoryObject::Dump(self.id, DumpObject::Record), &record).await?;
+        // Who has taken it for remains a moment ago may still be at it.
+        commit::check_record(self.repository, &record).await?;
         Ok(record)
     }
 
@@ -337,15 +338,6 @@ impl Run<'_> {
                 .hint("Something else writes under the same name. Take the dump again."));
         }
         result.ok_or_else(|| Failure::internal("an upload without content"))
-    }
-
-    async fn check_there(&self, object: &DumpObject, stored: StoredObject) -> Result<(), Failure> {
-        let key = self.repository.layout().dump(self.id, object.clone());
-        match self.repository.store().head(&key).await? {
-            Some(info) if info.size == stored.size => Ok(()),
-            _ => Err(Failure::new(Code::Conflict, format!("{key} was removed or replaced while the dump was taken"))
-                .hint("Find out what deletes objects in the repository; take the dump again.")),
-        }
     }
 }
 

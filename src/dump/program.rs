@@ -132,11 +132,25 @@ fn keep(stderr: &mut impl Read) -> String {
 ///
 /// # Cancellation
 /// Dropped, the program is killed.
-pub async fn output(mut command: Command) -> Result<String, Failure> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
+pub async fn output(command: Command) -> Result<String, Failure> {
+    output_for(command, String::new()).await
+}
+
+/// The same of a program that reads this on its standard input: what everybody may not see on a command line.
+///
+/// # Errors
+/// As [`Program::finish`].
+///
+/// # Cancellation
+/// Dropped, the program is killed.
+pub async fn output_for(mut command: Command, input: String) -> Result<String, Failure> {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let program = Program::start(&mut command)?;
     let killer = program.killer();
     let read = tokio::task::spawn_blocking(move || {
+        let stdin = program.stdin();
+        // Beside the reading: it may say more than a pipe holds before it has read all. One that wants no more says why.
+        std::thread::spawn(move || stdin.map(|mut stdin| stdin.write_all(input.as_bytes())));
         let mut text = String::new();
         if let Some(mut stdout) = program.stdout() {
             stdout.read_to_string(&mut text).map_err(|error| Failure::io("reading a program's output", &error))?;
@@ -190,6 +204,13 @@ mod tests {
         // Waits for the thread that reads, and so for the pipe's end.
         drop(runtime);
         assert!(ended.is_err() && began.elapsed() < Duration::from_secs(30));
+    }
+
+    #[tokio::test]
+    async fn a_program_is_given_what_it_reads_whatever_it_does_with_it() {
+        let long = "line\n".repeat(100_000);
+        assert_eq!(output_for(Command::new("cat"), long.clone()).await.unwrap(), long);
+        assert_eq!(output_for(Command::new("true"), long).await.unwrap(), "");
     }
 
     #[tokio::test]

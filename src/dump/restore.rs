@@ -4,6 +4,10 @@
 //! transaction: pg_restore makes SQL of the archive (a plain dump is SQL), psql runs it, and its COMMIT is handed over when
 //! every byte of the object has been read and found to be what was stored. SQL, because a newer pg_restore sets what an older
 //! server doesn't know.
+//!
+//! A plain dump's SQL has a transaction of its own around large objects, whose COMMIT would be that of all before it. So a
+//! plain dump is read once before any of it is run: it has to be what was stored, and one with large objects is restored
+//! only into a database that was made for it, which can be dropped again.
 
 use std::{
     io::{self, Read, Write},
@@ -22,7 +26,7 @@ use pgsidecar_core::{
 };
 use serde::Serialize;
 
-use super::{archive, program::Program, server::Server, tables, target};
+use super::{archive, plain, program::Program, server::Server, tables, target};
 use crate::{
     codec::{self, ChannelReader, HashingReader},
     failure::{Code, Failure},
@@ -70,7 +74,7 @@ pub struct RestoredDump {
 ///
 /// # Errors
 /// [`Code::Conflict`] if something is in the way; [`Code::Damaged`] if the dump isn't what was stored; what psql says.
-/// Nothing was changed then, but for large objects of a plain dump, whose SQL commits them by itself.
+/// Nothing was changed then.
 pub async fn restore(
     server: &Server,
     repository: &Repository,
@@ -97,6 +101,20 @@ pub async fn restore(
         true => None,
         false => Some(tables::entries(server, repository, &key, &request.tables).await?),
     };
+    if record.archives == DumpFormat::Plain {
+        let looked = progress.unless_cancelled(plain::look_through(repository, &key, dumped.stored)).await;
+        let has_own_transaction = looked.map_err(|failure| match progress.is_cancelled() {
+            true => given_up(),
+            false => failure.context(format!("restoring {:?}", dumped.name.as_str())),
+        })?;
+        if has_own_transaction && !request.create {
+            return Err(Failure::new(
+                Code::InvalidRequest,
+                "this plain dump has large objects: its SQL can't be run in one transaction",
+            )
+            .hint("Nothing was changed. Restore into a new database, which is dropped again if it fails (--into NAME --create); dumps in the custom format have no such limit."));
+        }
+    }
     progress.enter(Phase::Writing);
     if request.create {
         target::create(server, dumped, request, &mut warnings).await?;
@@ -119,9 +137,9 @@ pub async fn restore(
                 }
             }
             if progress.is_cancelled() {
-                return Err(Failure::new(Code::Stopping, "the restore was given up: nothing was changed"));
+                return Err(given_up());
             }
-            Err(explain(failure).context(format!("restoring {:?}", dumped.name.as_str())))
+            Err(explain(failure, request.create).context(format!("restoring {:?}", dumped.name.as_str())))
         }
     }
 }
@@ -132,7 +150,11 @@ fn no_such_database(record: &DumpRecord, name: &DatabaseName) -> Failure {
         .hint(format!("It has: {}.", names.join(", ")))
 }
 
-fn explain(failure: Failure) -> Failure {
+fn given_up() -> Failure {
+    Failure::new(Code::Stopping, "the restore was given up: nothing was changed")
+}
+
+fn explain(failure: Failure, is_new: bool) -> Failure {
     if !failure.hint.is_empty() {
         return failure;
     }
@@ -140,6 +162,7 @@ fn explain(failure: Failure) -> Failure {
     match missing_role {
         true => failure
             .hint("Create the roles first ('pgsidecar dump restore ID --globals' does), or restore with --no-owner."),
+        false if is_new => failure.hint("The database that was made for it is dropped again."),
         false => failure.hint("All of it was one transaction, which was rolled back."),
     }
 }
@@ -241,7 +264,7 @@ impl From<Failure> for Stopped {
     }
 }
 
-fn not_as_stored(what: &str) -> Failure {
+pub(super) fn not_as_stored(what: &str) -> Failure {
     Failure::new(Code::Damaged, format!("the dump isn't what was stored: {what}"))
         .hint("Nothing was changed. Restore another dump, or get this object back from a replica or an older version of the bucket.")
 }

@@ -114,8 +114,12 @@ impl Server {
             .env("PGUSER", &connection.user)
             .env("PGDATABASE", &connection.database)
             .env("PGAPPNAME", "pgsidecar")
-            .env("PGCLIENTENCODING", "UTF8")
             .env("LC_ALL", "C");
+        // A dump has its database's own encoding: not all that can be in one can be converted. Globals and answers are UTF-8.
+        match name {
+            "pg_dump" => command.env_remove("PGCLIENTENCODING"),
+            _ => command.env("PGCLIENTENCODING", "UTF8"),
+        };
         if std::env::var_os("PGCONNECT_TIMEOUT").is_none() {
             command.env("PGCONNECT_TIMEOUT", "15");
         }
@@ -163,14 +167,14 @@ impl Server {
             .map_err(|error| Failure::internal(format!("an answer of PostgreSQL: {error}: {text:?}")))
     }
 
-    /// Runs SQL.
+    /// Runs SQL, which nobody sees on a command line.
     ///
     /// # Errors
-    /// What psql says.
+    /// What psql says, without the statement.
     pub async fn run(&self, database: Option<&DatabaseName>, sql: &str) -> Result<String, Failure> {
         let mut psql = self.psql(database)?;
-        psql.args(["-c", sql]);
-        program::output(psql).await.map_err(|failure| {
+        psql.args(["-v", "VERBOSITY=terse"]);
+        program::output_for(psql, format!("{sql};\n")).await.map_err(|failure| {
             failure.hint(
                 "Check PGHOST, PGPORT and PGUSER, the password in PGPASSFILE or PGPASSWORD, and the role's rights.",
             )

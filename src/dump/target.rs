@@ -1,6 +1,6 @@
 //! Where a dump is restored to: looked at first, or made.
 
-use pgsidecar_core::dump::DumpedDatabase;
+use pgsidecar_core::dump::{DatabaseName, DumpedDatabase};
 
 use super::{
     restore::DumpRestore,
@@ -99,23 +99,41 @@ pub(super) async fn create(
     created.map_err(|failure| failure.context(format!("creating database {:?}", into.as_str())))?;
     if request.tables.is_empty() && !request.no_owner {
         let owner = format!("\"{}\"", properties.owner.replace('"', "\"\""));
-        let mut statements = vec![format!("ALTER DATABASE {} OWNER TO {owner}", into.quoted())];
-        for setting in &properties.settings {
-            if let Some((name, value)) = setting.split_once('=') {
-                let quoted = name.split('.').map(|part| format!("\"{part}\"")).collect::<Vec<_>>().join(".");
-                statements.push(format!(
-                    "SELECT set_config({}, {}, false); ALTER DATABASE {} SET {quoted} FROM CURRENT",
-                    literal(name),
-                    literal(value),
-                    into.quoted()
-                ));
-            }
+        if let Err(failure) = server.run(None, &format!("ALTER DATABASE {} OWNER TO {owner}", into.quoted())).await {
+            warnings.push(format!("the new database doesn't belong to the old one's owner: {failure}"));
         }
-        for statement in statements {
-            if let Err(failure) = server.run(None, &statement).await {
-                warnings.push(format!("the new database lacks something of the old one: {failure}"));
+        for setting in &properties.settings {
+            let Some((name, value)) = setting.split_once('=') else { continue };
+            if let Err(failure) = server.run(None, &set(into, name, value)).await {
+                // PostgreSQL quotes values that it refuses, and they may be secret.
+                let why = if value.is_empty() { failure.message } else { failure.message.replace(value, "…") };
+                warnings.push(format!("the new database lacks the old one's setting of {name}: {why}"));
             }
         }
     }
     Ok(())
+}
+
+/// SQL that gives a database a setting as it's in `pg_db_role_setting`: a list's value is one text there.
+fn set(database: &DatabaseName, name: &str, value: &str) -> String {
+    let quoted = name.split('.').map(|part| format!("\"{}\"", part.replace('"', "\"\""))).collect::<Vec<_>>().join(".");
+    format!(
+        "SELECT set_config({}, {}, false); ALTER DATABASE {} SET {quoted} FROM CURRENT",
+        literal(name),
+        literal(value),
+        database.quoted()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_is_a_setting_whatever_is_in_it() {
+        assert_eq!(
+            set(&"d\"b".parse().unwrap(), "a.b\"; --", "it's\nnew"),
+            "SELECT set_config('a.b\"; --', 'it''s\nnew', false); ALTER DATABASE \"d\"\"b\" SET \"a\".\"b\"\"; --\" FROM CURRENT"
+        );
+    }
 }

@@ -565,6 +565,85 @@ fn a_damaged_dump_is_found_and_restores_nothing_pg15() {
 }
 
 #[test]
+fn a_plain_dump_with_large_objects_goes_into_a_new_database_alone_pg15() {
+    let scratch = Scratch::new();
+    let postgres = filled(&scratch, 15);
+    let repository = Repository::directory(&scratch);
+    let sidecar = alone(&scratch, &postgres, &repository, 15);
+    for database in ["there", "small"] {
+        postgres.sql(&format!("CREATE DATABASE {database}"));
+    }
+    sql_in(&postgres, "small", "CREATE TABLE t AS SELECT 1 AS n");
+    let record = dump(&sidecar, &["--include", "UPPER", "--include", "small", "--format", "plain"]);
+    let restore = |of: &'static str| ["dump", "restore", record["id"].as_str().unwrap(), "--database", of];
+    let said = sidecar.fails(2, &[&restore("UPPER")[..], &["--into", "there"]].concat());
+    assert!(said.contains("has large objects") && said.contains("Nothing was changed"), "{said}");
+    assert_eq!(sql_in(&postgres, "there", "SELECT count(*) FROM pg_class WHERE relname = 'orders'"), "0");
+    sidecar.ok(&[&restore("UPPER")[..], &["--into", "new", "--create"]].concat());
+    assert_eq!(content(&postgres, "new"), content(&postgres, "UPPER"));
+    sidecar.ok(&[&restore("small")[..], &["--into", "there"]].concat());
+    assert_eq!(sql_in(&postgres, "there", "SELECT n FROM t"), "1");
+    // What fails behind the large objects leaves no database behind.
+    postgres.sql("ALTER ROLE shop RENAME TO gone");
+    let said = sidecar.fails(69, &[&restore("UPPER")[..], &["--into", "again", "--create"]].concat());
+    assert!(said.contains("role \"shop\" does not exist"), "{said}");
+    assert_eq!(postgres.sql("SELECT count(*) FROM pg_database WHERE datname = 'again'"), "0");
+}
+
+#[test]
+fn bytes_that_are_no_text_come_back_pg15() {
+    let scratch = Scratch::new();
+    let mut postgres = Postgres::initdb(&scratch, 15, &["--encoding=UTF8", "--locale=C"]);
+    postgres.start(&[]);
+    let sidecar = alone(&scratch, &postgres, &Repository::directory(&scratch), 15);
+    for (database, encoding) in [("bytes", "SQL_ASCII"), ("latin", "LATIN1")] {
+        postgres.sql(&format!("CREATE DATABASE {database} TEMPLATE template0 ENCODING '{encoding}'"));
+        // 0x81 is in LATIN1 nothing that has a place in every other encoding, and alone no UTF-8.
+        let text = "convert_from(decode('e4ff81', 'hex'), getdatabaseencoding()::name)";
+        sql_in(&postgres, database, &format!("CREATE TABLE t AS SELECT {text} AS t"));
+    }
+    let sums = "SELECT md5(convert_to(t, getdatabaseencoding()::name)) || pg_client_encoding() FROM t";
+    for format in ["custom", "plain"] {
+        let record = dump(&sidecar, &["--format", format]);
+        for database in ["bytes", "latin"] {
+            let into = format!("{database}_{format}");
+            let id = record["id"].as_str().unwrap();
+            sidecar.ok(&["dump", "restore", id, "--database", database, "--into", &into, "--create"]);
+            assert_eq!(sql_in(&postgres, &into, sums), sql_in(&postgres, database, sums));
+        }
+    }
+}
+
+#[test]
+fn globals_make_no_role_of_a_value_and_settings_are_on_no_command_line_pg15() {
+    let scratch = Scratch::new();
+    let postgres = filled(&scratch, 15);
+    let mut sidecar = alone(&scratch, &postgres, &Repository::directory(&scratch), 15);
+    sql_in(&postgres, "postgres", "CREATE ROLE me LOGIN; CREATE ROLE gone");
+    let attack = "SET ROLE me; ALTER ROLE me SET search_path = E'\"x\nCREATE ROLE evil SUPERUSER LOGIN;\n--\"'";
+    sql_in(&postgres, "postgres", attack);
+    postgres.sql("ALTER DATABASE \"UPPER\" SET my.key = 'se:cret'");
+    let record = dump(&sidecar, &["--include", "UPPER"]);
+    let id = record["id"].as_str().unwrap();
+    postgres.sql("DROP ROLE gone");
+    let globals = sidecar.json(&["dump", "restore", id, "--globals"]);
+    assert_eq!(globals["created"], serde_json::json!(["gone"]));
+    assert_eq!(
+        postgres.sql("SELECT string_agg(rolname, ' ' ORDER BY rolname) FROM pg_roles WHERE rolname !~ '^pg_'"),
+        "gone me postgres shop"
+    );
+
+    let seen = scratch.path().join("seen");
+    sidecar.set("PGSIDECAR_SEEN", &seen.display().to_string());
+    let script = "printf '%s\\n' \"$*\" >> \"$PGSIDECAR_SEEN\"; exec \"$REAL\" \"$@\"";
+    sidecar.set("PG_BINDIR", &tools_with(&scratch, "tools", 15, "psql", script));
+    sidecar.ok(&["dump", "restore", id, "--database", "UPPER", "--into", "copy", "--create"]);
+    assert_eq!(sql_in(&postgres, "copy", "SHOW my.key"), "se:cret");
+    let seen = fs::read_to_string(seen).unwrap();
+    assert!(seen.lines().count() > 3 && !seen.contains("cret") && !seen.contains("DATABASE"), "{seen}");
+}
+
+#[test]
 fn a_host_that_asks_for_tls_and_a_password_is_dumped_without_a_daemon_pg15() {
     let scratch = Scratch::new();
     let mut postgres = Postgres::initdb(&scratch, 15, &[]);

@@ -31,6 +31,7 @@ pub mod retention;
 pub mod schedule;
 pub mod settings;
 pub mod snapshot;
+pub mod sql;
 pub mod standby;
 pub mod switch;
 mod table_name;
