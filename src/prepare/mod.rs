@@ -26,7 +26,7 @@ use pgsidecar_core::{
     BackupRecord, Layout, SystemIdentifier,
     plan::{RestorePlan, RestoreRequest},
     prepare::{
-        Awaited, Blank, Decision, Directory, KnownSystem, OnEmpty, Place, Refusal, Repository as Known, RequestState,
+        Awaited, Blank, Decision, Directory, KnownSystem, Place, Refusal, Repository as Known, RequestState,
         Source, at_first_sight, choose, decide,
     },
     recovery::{RecoveryMode, RecoverySignal, RecoveryTarget, TargetAction},
@@ -104,7 +104,7 @@ pub async fn run(
         tracing::error!(hint = failure.hint, "{failure}");
     }
     let checked = check_settings(settings, raw);
-    let Some(pgdata) = start.pgdata.as_deref() else { return without_directory(checked, raw) };
+    let Some(pgdata) = start.pgdata.as_deref() else { return without_directory(checked, settings, raw) };
     let directory = match look::look(pgdata) {
         Ok(directory) => directory,
         // Nobody makes an empty directory unreadable: this is another user's database.
@@ -143,13 +143,17 @@ fn check_settings<'a>(
 }
 
 /// Whether there is a database can't be told.
-fn without_directory<T>(checked: Result<T, SettingErrors>, raw: &RawPrepare) -> Result<(), Failure> {
+fn without_directory<T>(
+    checked: Result<T, SettingErrors>,
+    settings: &Settings,
+    raw: &RawPrepare,
+) -> Result<(), Failure> {
     let failure = match checked {
         Err(errors) => errors.into(),
         Ok(_) => Failure::new(Code::Misconfigured, "PGDATA: PostgreSQL's data directory is needed here, and not set")
             .hint("Set PGDATA or --pgdata to the directory, as mounted in this container."),
     };
-    if raw.asks() {
+    if raw.asks(&settings.start) {
         return Err(failure);
     }
     tracing::error!(hint = failure.hint, "{failure}; PostgreSQL is left to itself");
@@ -164,12 +168,12 @@ fn with_wrong_settings(
     errors: SettingErrors,
 ) -> Result<(), Failure> {
     let failure = Failure::from(errors);
-    let unasked = !settings.start.names_repository && !raw.asks();
+    let unasked = !settings.start.names_repository && !raw.asks(&settings.start);
     let may_start = match directory {
         Directory::Database => true,
         Directory::Interrupted | Directory::Other(_) => false,
         // A first start before anybody has set up backups, or with initdb.
-        Directory::Empty | Directory::OnlyLostAndFound => unasked || raw.on_empty() == Some(OnEmpty::Initdb),
+        Directory::Empty | Directory::OnlyLostAndFound => unasked || raw.says_initdb(&settings.start),
     };
     if may_start {
         tracing::error!(hint = failure.hint, "{failure}. PostgreSQL may start all the same, but it has no backups");

@@ -183,9 +183,11 @@ fn wrong_settings_keep_no_database_from_starting_and_make_none_where_one_may_be_
     // Nobody has set up backups: a first start must not fail for that.
     said(&prepared(&sidecar, 0, &none), &["ERROR", "has no backups"]);
     // But somebody has said that this directory isn't to be empty.
-    for setting in [RESTORE, ("PGSIDECAR_ON_EMPTY", "refuse"), ("PGSIDECAR_RESTORE", "id=a")] {
+    let source = ("PGSIDECAR_CLONE_FROM", "s3://backups?cluster=shop/orders");
+    for setting in [RESTORE, ("PGSIDECAR_ON_EMPTY", "refuse"), ("PGSIDECAR_RESTORE", "id=a"), source] {
         prepared(&sidecar, 78, &[none[0], setting]);
     }
+    prepared(&sidecar, 78, &[none[0], source, ("PGSIDECAR_ON_EMPTY", "initdb")]);
     said(&prepared(&sidecar, 0, &[("PGDATA", "")]), &["PGDATA"]);
     prepared(&sidecar, 78, &[("PGDATA", ""), RESTORE]);
     assert!(is_empty(&scratch.path().join("empty")));
