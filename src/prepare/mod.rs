@@ -20,7 +20,7 @@ mod look;
 mod requests;
 mod whole;
 
-use std::{io, path::Path, sync::Arc, time::Duration};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 use pgsidecar_core::{
     BackupRecord, Layout, SystemIdentifier,
@@ -97,6 +97,11 @@ pub async fn run(
 ) -> Result<(), Failure> {
     let start = &settings.start;
     if let Some(pgdata) = &start.pgdata {
+        if let Err(error) = fs::metadata(pgdata)
+            && error.kind() == io::ErrorKind::PermissionDenied
+        {
+            check_unreadable(settings, raw, pgdata, &error)?;
+        }
         before_start(settings, pgdata, show).await?;
     }
     if let Some(failure) = publish_helper.and_then(|directory| crate::helper::publish(directory).err()) {
@@ -107,10 +112,8 @@ pub async fn run(
     let Some(pgdata) = start.pgdata.as_deref() else { return without_directory(checked, settings, raw) };
     let directory = match look::look(pgdata) {
         Ok(directory) => directory,
-        // Nobody makes an empty directory unreadable: this is another user's database.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            let failure = DataDirectory::open(pgdata).err();
-            let hint = failure.map(|failure| failure.hint).unwrap_or_default();
+            let hint = check_unreadable(settings, raw, pgdata, &error)?;
             tracing::error!(hint, "{} can't be read: {error}; PostgreSQL is left to itself", pgdata.display());
             return Ok(());
         }
@@ -139,6 +142,36 @@ fn check_settings<'a>(
         (Ok(_), Err(errors)) => Err(errors),
         (Err(errors), Ok(_)) => Err(errors.clone()),
         (Err(some), Err(more)) => Err(SettingErrors([some.0.clone(), more.0].concat())),
+    }
+}
+
+/// What is in the directory can't be told. Most likely it's another user's database, which isn't kept from starting,
+/// unless something else was asked for, or it can't be one. Answers with what would make it readable.
+fn check_unreadable(
+    settings: &Settings,
+    raw: &RawPrepare,
+    pgdata: &Path,
+    error: &io::Error,
+) -> Result<String, Failure> {
+    let start = &settings.start;
+    let why = match () {
+        () if raw.says_initdb(start) => None,
+        () if start.names_repository && look::is_closed_by_root(pgdata) => {
+            Some("it's root's, so that no PostgreSQL runs on it, and none may be made there unseen")
+        }
+        () if raw.asks(start) => Some("whether it holds a database can't be told, and a new one isn't all that is asked for"),
+        () => None,
+    };
+    let hint = match look::check_writable(pgdata) {
+        Err(failure) => failure.hint,
+        Ok(()) => DataDirectory::open(pgdata).err().map(|failure| failure.hint).unwrap_or_default(),
+    };
+    match why {
+        Some(why) => {
+            let what = format!("{} can't be read: {error}; {why}", pgdata.display());
+            Err(Failure::new(Code::TargetDirectory, what).hint(hint))
+        }
+        None => Ok(hint),
     }
 }
 

@@ -467,12 +467,44 @@ fn a_volume_that_can_not_be_written_to_is_told_with_what_to_set_root_pg15() {
     fs::create_dir(&volume).unwrap();
     sidecar.set("PGDATA", volume.join("pgdata").to_str().unwrap());
     said(&prepared(&sidecar, 73, &[RESTORE]), &["belongs to user 0", "securityContext.fsGroup"]);
-    // Whose it is can't be told; most likely a database's, which must not be kept from starting.
-    let closed = scratch.path().join("closed");
-    fs::create_dir(&closed).unwrap();
-    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
-    let theirs = [RESTORE, ("PGDATA", text(&closed))];
-    said(&prepared(&sidecar, 0, &theirs), &["ERROR", "can't be read", "securityContext.runAsUser: 0"]);
     // The image would fail as well; that's its own to say.
     said(&prepared(&sidecar, 0, &[("PGSIDECAR_ON_EMPTY", "initdb")]), &["WARN", "securityContext.fsGroup"]);
+}
+
+#[test]
+fn a_directory_that_can_not_be_read_is_left_alone_only_where_a_database_may_be_in_it_root_pg15() {
+    const REFUSE: (&str, &str) = ("PGSIDECAR_ON_EMPTY", "refuse");
+    const INITDB: (&str, &str) = ("PGSIDECAR_ON_EMPTY", "initdb");
+    const REQUEST: (&str, &str) = ("PGSIDECAR_RESTORE", "id=a");
+    const CLONE: (&str, &str) = ("PGSIDECAR_CLONE_FROM", "file:///srv/backups?cluster=shop/orders");
+    const NOWHERE: (&str, &str) = ("PGSIDECAR_REPOSITORY", "");
+    const NOTHING: (&str, &str) = ("PGSIDECAR_ON_EMPTY", "");
+    let scratch = Scratch::new();
+    let (_postgres, sidecar) = empty_pod(&scratch, "db-0", 15, &Repository::directory(&scratch));
+    let closed = |name: &str, owner: u32| {
+        let path = scratch.path().join(name);
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        std::os::unix::fs::chown(&path, Some(owner), Some(owner)).unwrap();
+        path
+    };
+    // Another user's, a new volume as it's mounted at PGDATA, and one that is mounted above it.
+    let (theirs, roots) = (closed("theirs", 12_345), closed("roots", 0));
+    let below = roots.join("pgdata");
+    let hint = "HINT: ";
+    for (pgdata, setting, code, words) in [
+        (&theirs, NOTHING, 0, ["ERROR", "PostgreSQL is left to itself", "runAsUser"]),
+        (&theirs, INITDB, 0, ["ERROR", "PostgreSQL is left to itself", "runAsUser"]),
+        (&theirs, RESTORE, 73, ["can't be told", hint, "the user of PostgreSQL, 12345"]),
+        (&theirs, REFUSE, 73, ["can't be told", hint, "runAsUser"]),
+        (&theirs, REQUEST, 73, ["can't be told", hint, "runAsUser"]),
+        (&theirs, CLONE, 73, ["can't be told", hint, "runAsUser"]),
+        (&roots, NOTHING, 73, ["it's root's", hint, "securityContext.fsGroup"]),
+        (&roots, RESTORE, 73, ["it's root's", hint, "securityContext.fsGroup"]),
+        (&below, NOTHING, 73, ["it's root's", hint, "securityContext.fsGroup"]),
+        (&roots, INITDB, 0, ["ERROR", "PostgreSQL is left to itself", "securityContext.fsGroup"]),
+        (&roots, NOWHERE, 0, ["ERROR", "PostgreSQL is left to itself", "securityContext.fsGroup"]),
+    ] {
+        said(&prepared(&sidecar, code, &[("PGDATA", text(pgdata)), setting]), &words);
+    }
 }
