@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pgsidecar_core::{Layout, SystemIdentifier, TimelineId, prepare::KnownSystem};
+use pgsidecar_core::{Layout, SystemIdentifier, TimelineId, prepare::KnownSystem, settings::RepositoryUrl};
 
 use crate::{
     failure::{Code, Failure},
@@ -10,6 +10,21 @@ use crate::{
     settings::WorkSettings,
     store::Store,
 };
+
+/// Checks that a directory repository is there. Where the volume isn't mounted yet, an empty listing says nothing.
+///
+/// # Errors
+/// [`Code::StoreUnavailable`] if it isn't.
+pub(super) fn check_root(repository: &RepositoryUrl) -> Result<(), Failure> {
+    match repository {
+        RepositoryUrl::Directory(path) if !path.is_dir() => Err(Failure::new(
+            Code::StoreUnavailable,
+            format!("the repository's directory {} isn't there, or can't be looked at", path.display()),
+        )
+        .hint("Mount its volume in this container; where it's a new repository, make the directory.")),
+        _ => Ok(()),
+    }
+}
 
 /// The newest timeline of a database, if it's among them.
 pub(super) fn newest_timeline(systems: &[KnownSystem], system: SystemIdentifier) -> Option<TimelineId> {

@@ -35,7 +35,7 @@ use pgsidecar_core::{
 use tokio::task::JoinHandle;
 
 use self::{
-    known::{known_systems, newest_timeline},
+    known::{check_root, known_systems, newest_timeline},
     requests::Request,
 };
 use crate::{
@@ -264,6 +264,7 @@ impl Preparation<'_> {
 
     /// What the repository says of the cluster and of the request.
     async fn ask(&self, store: &Arc<dyn Store>, request: Option<&Request>) -> Result<Known, Failure> {
+        check_root(&self.work.repository)?;
         let request = match request {
             None => RequestState::Unclaimed,
             Some(request) => request.state().await?,

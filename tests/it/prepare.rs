@@ -114,7 +114,16 @@ fn a_volume_that_is_lost_just_after_it_healed_heals_again_pg15() {
 fn a_blank_database_never_takes_the_place_of_one_that_has_backups_pg15() {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let first = empty_pod(&scratch, "db-9", 15, &repository).1;
+    let mut first = empty_pod(&scratch, "db-9", 15, &repository).1;
+    be(&mut first, "db-0");
+    // A volume that isn't mounted yet knows nothing, either.
+    for policy in ["", "restore"] {
+        let text = prepared(&first, 69, &[("PGSIDECAR_ON_EMPTY", policy)]);
+        said(&text, &["can't be told", "isn't there", "where it's a new repository, make the directory"]);
+    }
+    prepared(&first, 0, &[("PGSIDECAR_ON_EMPTY", "initdb")]);
+    assert!(!scratch.path().join("repository").exists());
+    scratch.dir("repository");
     // Nothing is known of it yet: the image makes a new one.
     for policy in ["", "initdb", "restore"] {
         let mut newcomer =
@@ -433,6 +442,7 @@ fn the_helper_is_there_before_postgresql_is() {
     let scratch = Scratch::new();
     let shared = scratch.dir("shared");
     let (_, sidecar) = empty_pod(&scratch, "db-0", 15, &Repository::directory(&scratch));
+    scratch.dir("repository");
     prepared(&sidecar, 0, &[("PGSIDECAR_PUBLISH_HELPER", shared.to_str().unwrap())]);
     assert!(shared.join("pgsidecar-wal").exists());
     // Neither that it can't be put there keeps a database from starting.
