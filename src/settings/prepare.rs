@@ -82,14 +82,21 @@ impl RawPrepare {
 
     /// Whether an empty directory isn't simply to become a new database: somebody said so, understandably or not.
     pub fn asks(&self, start: &StartSettings) -> bool {
-        self.asks_once(start) || (set(&self.on_empty) && self.on_empty() != Some(OnEmpty::Initdb))
+        let policy = set(&self.on_empty) && self.on_empty() != Some(OnEmpty::Initdb);
+        self.asks_once(start) || policy || self.refuses(start.place)
     }
 
     /// Whether a new database may be made without a look at anything else: that was said, and nothing is to be restored
     /// here before.
     pub fn says_initdb(&self, start: &StartSettings) -> bool {
         let before = start.place == Place::Primary && self.asks_once(start);
-        self.on_empty() == Some(OnEmpty::Initdb) && !before
+        self.on_empty() == Some(OnEmpty::Initdb) && !before && !self.refuses(start.place)
+    }
+
+    /// Whether this server is a later one, and these aren't to come up.
+    fn refuses(&self, place: Place) -> bool {
+        let refuse = self.replicas.as_deref().is_some_and(|text| text.parse() == Ok(Replicas::Refuse));
+        refuse && place != Place::Primary
     }
 
     /// Whether a restore or a clone was asked for.
@@ -200,10 +207,15 @@ mod tests {
             ("id=a", "initdb", false, first, true, false),
             // The clone is the first server's.
             ("", "initdb", true, later, true, true),
+            ("", "", false, later, false, false),
         ] {
-            let (raw, start) = (raw(restore, on_empty), start(place, clone));
+            let (mut raw, start) = (raw(restore, on_empty), start(place, clone));
             let case = format!("{restore:?} {on_empty:?} {start:?}");
             assert_eq!((raw.asks(&start), raw.says_initdb(&start)), (asks, initdb), "{case}");
+            // Later servers aren't to come up: that's nothing to the first.
+            raw.replicas = Some("refuse".into());
+            let (asks, initdb) = if place == first { (asks, initdb) } else { (true, false) };
+            assert_eq!((raw.asks(&start), raw.says_initdb(&start)), (asks, initdb), "{case}, refused");
         }
     }
 

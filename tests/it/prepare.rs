@@ -344,6 +344,11 @@ fn the_next_server_of_a_set_is_a_standby(major: u32) {
     let (mut postgres, mut sidecar) = pod(&scratch, "db-0", major, &repository);
     let (mut standby, mut beside) = empty_pod(&scratch, "db-1", major, &repository);
     said(&prepared(&beside, 75, &[RESTORE]), &["no backup yet"]);
+    for policy in ["", "initdb", "restore"] {
+        let refuse = [("PGSIDECAR_REPLICAS", "refuse"), ("PGSIDECAR_ON_EMPTY", policy)];
+        said(&prepared(&beside, 73, &refuse), &["server 1 of a set"]);
+        said(&prepared(&beside, 73, &[refuse[0], refuse[1], ("PGSIDECAR_CLUSTER", "shop/new")]), &["server 1 of a set"]);
+    }
     postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
     back_up(&sidecar);
     said(&prepared(&beside, 73, &[]), &["must not come up as a database of its own"]);

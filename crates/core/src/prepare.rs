@@ -264,11 +264,16 @@ pub fn at_first_sight(directory: &Directory, place: Place, wishes: &Wishes) -> O
     let asked = wishes.once.is_some();
     // A later server of a set that initdb was chosen for is the image's as well: the request is for the first.
     let image = wishes.on_empty == Some(OnEmpty::Initdb) && (!asked || place != Place::Primary);
-    match directory {
-        Directory::Database => Some(Decision::KeepDatabase),
+    match (directory, place) {
+        (Directory::Database, _) => Some(Decision::KeepDatabase),
         // The image refuses it, too, by itself.
-        Directory::Other(_) if image => Some(Decision::LeaveToImage(Blank::Said)),
-        Directory::Other(name) => Some(Decision::Refuse(Refusal::NotEmpty(name.clone()))),
+        (Directory::Other(_), _) if image => Some(Decision::LeaveToImage(Blank::Said)),
+        (Directory::Other(name), _) => Some(Decision::Refuse(Refusal::NotEmpty(name.clone()))),
+        // It's no default, so that somebody said it, and of later servers alone: it goes before all that is said of empty
+        // directories in general, and before what the repository knows.
+        (_, Place::Replica(ordinal)) if wishes.replicas == Replicas::Refuse => {
+            Some(Decision::Refuse(Refusal::Replica(ordinal)))
+        }
         _ if image => Some(blank(directory, Blank::Said)),
         _ if wishes.on_empty == Some(OnEmpty::Refuse) && !asked => Some(Decision::Refuse(Refusal::Said)),
         _ => None,
@@ -350,7 +355,7 @@ fn replica(
         return Ok(Decision::LeaveToImage(Blank::Unknown));
     }
     let wanted = wishes.once.is_some() || wishes.on_empty == Some(OnEmpty::Restore);
-    if wishes.replicas == Replicas::Refuse || !wanted {
+    if !wanted {
         return Err(Refusal::Replica(ordinal));
     }
     let wait = |awaited| Refusal::ReplicaWaits(ordinal, awaited);

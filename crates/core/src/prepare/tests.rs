@@ -123,6 +123,10 @@ fn in_no_combination_is_a_database_lost_doubled_or_made_blank() {
             assert!(why == Blank::Said || nothing_to_restore, "{case}");
             assert_ne!(wishes.on_empty, Some(OnEmpty::Refuse), "{case}");
         }
+        // Where later servers aren't to come up, none does on an empty volume, whatever else was said and is known.
+        if let (Place::Replica(_), Replicas::Refuse, Directory::Empty) = (place, wishes.replicas, directory) {
+            assert_eq!(decision, Decision::Refuse(Refusal::Replica(1)), "{case}");
+        }
         // The place of the primary is one server's, and standbys are the others'.
         match (place, &decision) {
             (Place::Replica(_), Decision::ServeRequest(_) | Decision::Clone | Decision::Heal(_)) => panic!("{case}"),

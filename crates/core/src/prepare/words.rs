@@ -109,7 +109,7 @@ impl Refusal {
             }
             Refusal::SeveralSystems(_) | Refusal::NoSuchSystem(..) => "Choose one with PGSIDECAR_SYSTEM_IDENTIFIER.",
             Refusal::Replica(_) => {
-                "PGSIDECAR_ON_EMPTY=restore with PGSIDECAR_REPLICAS=standby makes a standby of it; PGSIDECAR_ON_EMPTY=initdb leaves it to the image."
+                "PGSIDECAR_ON_EMPTY=restore with PGSIDECAR_REPLICAS=standby makes a standby of it; PGSIDECAR_ON_EMPTY=initdb leaves it to the image, unless PGSIDECAR_REPLICAS is refuse."
             }
             Refusal::ReplicaWaits(_, Awaited::Backup) => {
                 "Take one beside the first server: pgsidecar backup create. It's tried again."
