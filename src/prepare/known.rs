@@ -44,6 +44,7 @@ pub(super) async fn known_systems(store: &Arc<dyn Store>, work: &WorkSettings) -
             system,
             has_backups: has_backups(&repository).await?,
             has_snapshots: !repository.snapshots().await?.is_empty(),
+            has_dumps: has_dumps(&repository).await?,
             newest_timeline: repository.timelines().await?.into_iter().max(),
         });
     }
@@ -54,6 +55,19 @@ pub(super) async fn known_systems(store: &Arc<dyn Store>, work: &WorkSettings) -
 async fn has_backups(repository: &Repository) -> Result<bool, Failure> {
     for id in repository.backup_ids().await?.into_iter().rev() {
         match repository.backup(id).await {
+            Ok(None) => {}
+            Ok(Some(_)) => return Ok(true),
+            Err(failure) if failure.code == Code::Damaged => return Ok(true),
+            Err(failure) => return Err(failure),
+        }
+    }
+    Ok(false)
+}
+
+/// Whether there is a complete dump. One whose record is damaged counts here, too.
+async fn has_dumps(repository: &Repository) -> Result<bool, Failure> {
+    for id in repository.dump_ids().await?.into_iter().rev() {
+        match repository.dump(id).await {
             Ok(None) => {}
             Ok(Some(_)) => return Ok(true),
             Err(failure) if failure.code == Code::Damaged => return Ok(true),

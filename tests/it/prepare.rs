@@ -523,3 +523,35 @@ fn a_directory_that_can_not_be_read_is_left_alone_only_where_a_database_may_be_i
         said(&prepared(&sidecar, code, &[("PGDATA", text(pgdata)), setting]), &words);
     }
 }
+
+#[test]
+fn a_database_of_which_there_are_only_dumps_does_not_come_up_blank_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (mut postgres, mut sidecar) = pod(&scratch, "db-0", 15, &repository);
+    ship_wal(&postgres);
+    stop(&mut postgres, &mut sidecar);
+    lose_volume(&postgres);
+    said(&prepared(&sidecar, 0, &[]), &["has WAL of this cluster but no backup"]);
+    // A dump that was begun and not ended is none. One whose record can't be read may have been one.
+    let look = Look::into(&repository);
+    let system = look.keys()[0].0.as_str().split('/').nth(2).unwrap().to_owned();
+    let dump = |object: &str, content: &str| {
+        let directory = format!("shop/db/{system}/dumps/20261121T030000Z");
+        let key = format!("{directory}/{object}").parse().unwrap();
+        look.put(&key, content.as_bytes().to_vec(), None);
+        let path = scratch.path().join("repository").join(directory);
+        for path in [path.parent().unwrap(), &path, &path.join(object)] {
+            give_to_servers(path);
+        }
+    };
+    dump("started.json", "{}");
+    said(&prepared(&sidecar, 0, &[]), &["has WAL of this cluster but no backup"]);
+    dump("dump.json", "{");
+    for policy in ["", "restore"] {
+        let text = prepared(&sidecar, 73, &[("PGSIDECAR_ON_EMPTY", policy)]);
+        said(&text, &["has dumps of this cluster and no backup", "HINT: ", "pgsidecar dump restore"]);
+    }
+    prepared(&sidecar, 0, &[("PGSIDECAR_ON_EMPTY", "initdb")]);
+    assert!(is_empty(&postgres.data));
+}

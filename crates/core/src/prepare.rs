@@ -127,6 +127,8 @@ pub struct KnownSystem {
     pub has_backups: bool,
     /// Whether there is a storage snapshot. It can't be restored from here, but says that there was a database.
     pub has_snapshots: bool,
+    /// Whether there is a complete dump. It isn't restored from here either, but says the same.
+    pub has_dumps: bool,
     /// The newest timeline that has WAL or a history.
     pub newest_timeline: Option<TimelineId>,
 }
@@ -212,6 +214,8 @@ pub enum Refusal {
     Said,
     /// The database has backups: this is a lost volume, or the wrong one.
     LostVolume,
+    /// There is nothing but dumps of it, which are restored into a database.
+    OnlyDumps,
     /// A request was served before, and nothing says what to do now.
     ServedBefore(RequestId),
     /// A request of this id was begun with other words.
@@ -331,8 +335,10 @@ fn primary(wishes: &Wishes, systems: &[KnownSystem], request: &RequestState) -> 
             Some(system) => Ok(Decision::Heal(system)),
             // The first start of a database that is to heal itself later.
             None if systems.is_empty() && wishes.once.is_none() => Ok(Decision::LeaveToImage(Blank::Unknown)),
+            None if has_only_dumps(systems) => Err(Refusal::OnlyDumps),
             None => Err(Refusal::NoBackups),
         },
+        None if has_only_dumps(systems) => Err(Refusal::OnlyDumps),
         None if has_data(systems) => Err(Refusal::LostVolume),
         // Who asked for a restore doesn't want a blank database in the end.
         None => match &wishes.once {
@@ -387,7 +393,11 @@ fn is_past(source: Source, systems: &[KnownSystem]) -> bool {
 }
 
 fn has_data(systems: &[KnownSystem]) -> bool {
-    systems.iter().any(|known| known.has_backups || known.has_snapshots)
+    systems.iter().any(|known| known.has_backups || known.has_snapshots || known.has_dumps)
+}
+
+fn has_only_dumps(systems: &[KnownSystem]) -> bool {
+    has_data(systems) && !systems.iter().any(|known| known.has_backups || known.has_snapshots)
 }
 
 /// The database to be restored: the one that was named, or the only one that has backups. `None` if none has.

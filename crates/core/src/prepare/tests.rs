@@ -8,7 +8,7 @@ fn timeline(number: u32) -> Option<TimelineId> {
 }
 
 fn known(system: SystemIdentifier, has_backups: bool, newest: u32) -> KnownSystem {
-    KnownSystem { system, has_backups, has_snapshots: false, newest_timeline: timeline(newest) }
+    KnownSystem { system, has_backups, has_snapshots: false, has_dumps: false, newest_timeline: timeline(newest) }
 }
 
 fn served() -> RequestState {
@@ -51,9 +51,11 @@ fn requests() -> Vec<(&'static str, Asked)> {
 
 fn systems() -> Vec<(&'static str, Vec<KnownSystem>)> {
     let snapshot = KnownSystem { has_snapshots: true, ..known(FIRST, false, 1) };
+    let dumps = KnownSystem { has_dumps: true, newest_timeline: None, ..known(FIRST, false, 1) };
     vec![
         ("nothing", vec![]),
         ("WAL", vec![known(FIRST, false, 1)]),
+        ("dumps", vec![dumps]),
         ("snapshot", vec![snapshot]),
         ("backup", vec![known(FIRST, true, 1), known(SECOND, false, 1)]),
         ("promoted", vec![known(FIRST, true, 2)]),
@@ -139,7 +141,7 @@ fn in_no_combination_is_a_database_lost_doubled_or_made_blank() {
             assert!(open || !matches!(decision, Decision::ServeRequest(_) | Decision::Clone), "{case}");
         }
     });
-    assert_eq!(combinations, 5 * 2 * 4 * 4 * 2 * 31);
+    assert_eq!(combinations, 5 * 2 * 4 * 4 * 2 * 36);
 }
 
 #[test]
@@ -230,6 +232,7 @@ fn each_refusal_says_what_it_is_and_what_to_do() {
         Refusal::LostAndFound,
         Refusal::Said,
         Refusal::LostVolume,
+        Refusal::OnlyDumps,
         Refusal::ServedBefore(id()),
         Refusal::RequestChanged(id(), "LSN 0/1".into()),
         Refusal::RequestOfAnother(id(), "shop/db-0".into()),
