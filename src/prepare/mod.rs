@@ -26,8 +26,8 @@ use pgsidecar_core::{
     BackupRecord, Layout, SystemIdentifier,
     plan::{RestorePlan, RestoreRequest},
     prepare::{
-        Awaited, Blank, Decision, Directory, KnownSystem, Place, Refusal, Repository as Known, RequestState,
-        Source, at_first_sight, choose, decide,
+        Awaited, Blank, Decision, Directory, KnownSystem, Place, Refusal, Repository as Known, RequestState, Source,
+        at_first_sight, choose, decide,
     },
     recovery::{RecoveryMode, RecoverySignal, RecoveryTarget, TargetAction},
     switch::Phase,
@@ -159,7 +159,9 @@ fn check_unreadable(
         () if start.names_repository && look::is_closed_by_root(pgdata) => {
             Some("it's root's, so that no PostgreSQL runs on it, and none may be made there unseen")
         }
-        () if raw.asks(start) => Some("whether it holds a database can't be told, and a new one isn't all that is asked for"),
+        () if raw.asks(start) => {
+            Some("whether it holds a database can't be told, and a new one isn't all that is asked for")
+        }
         () => None,
     };
     let hint = match look::check_writable(pgdata) {
@@ -249,6 +251,13 @@ impl Preparation<'_> {
                 request.what()
             );
         }
+        if let Some(request) = request.as_ref().filter(|_| state.is_outlived(&systems)) {
+            tracing::warn!(
+                "request {} ({}) was begun here, and a newer timeline is archived since: it was served, and isn't served again",
+                request.id(),
+                request.what()
+            );
+        }
         self.carry_out(decision, &store, request.as_ref(), &systems).await
     }
 
@@ -312,7 +321,7 @@ impl Preparation<'_> {
                 tracing::info!("request {id} ({what}) was served at {at} by {by}");
             }
             // It was killed before it could note it. Otherwise it would be served again for a volume that is lost.
-            RequestState::Ours => {
+            RequestState::Ours { .. } => {
                 request.served(system, None).await?;
                 tracing::info!("request {id} ({what}) was served: the database is there");
             }
@@ -358,7 +367,7 @@ impl Preparation<'_> {
                 tracing::info!("request {} is served: {}", request.id(), request.what());
                 let repository = self.repository(store, system);
                 let newest = newest_timeline(systems, system);
-                let claim = async || request.claim(newest).await;
+                let claim = async || request.claim(system, newest).await;
                 let signal = RecoverySignal { tail: once.restore.target == RecoveryTarget::Latest, source: None };
                 let mode = RecoveryMode::Recovery(signal);
                 let backup = self.restore(&repository, once.restore.clone(), mode, claim).await?;
@@ -384,7 +393,7 @@ impl Preparation<'_> {
                 let repository =
                     Repository::new(theirs, Layout::new(source.cluster.clone(), system), self.work.compression_level);
                 let newest = newest_timeline(systems, system).max(newest_timeline(&found, system));
-                let claim = async || request.claim(newest).await;
+                let claim = async || request.claim(system, newest).await;
                 let tail = once.restore.target == RecoveryTarget::Latest;
                 let mode = RecoveryMode::Recovery(RecoverySignal { tail, source: Some(source.clone()) });
                 let backup = self.restore(&repository, once.restore.clone(), mode, claim).await?;

@@ -70,7 +70,13 @@ impl StartSettings {
             _ => workload.unwrap_or_else(|| pod.instance().to_owned()),
         };
         let names_repository = set(&raw.repository).is_some();
-        StartSettings { pgdata, names_repository, names_clone: set(&raw.clone_from).is_some(), place: pod.place(), server }
+        StartSettings {
+            pgdata,
+            names_repository,
+            names_clone: set(&raw.clone_from).is_some(),
+            place: pod.place(),
+            server,
+        }
     }
 }
 

@@ -139,7 +139,12 @@ pub enum RequestState {
     /// Nobody has begun it, or there is none.
     Unclaimed,
     /// This server has begun it.
-    Ours,
+    Ours {
+        /// Of which database it was to be served, where that was noted.
+        system: Option<SystemIdentifier>,
+        /// The newest timeline that this had then.
+        newest_timeline: Option<TimelineId>,
+    },
     /// This server has begun one of that id, which was another: its words.
     OursOtherwise(String),
     /// Another server has begun it.
@@ -245,6 +250,15 @@ pub enum Awaited {
     Backup,
 }
 
+impl RequestState {
+    /// Whether what this server was to restore has begun its timeline in the repository: it was served, and that could
+    /// not be noted.
+    pub fn is_outlived(&self, systems: &[KnownSystem]) -> bool {
+        let RequestState::Ours { system: Some(system), newest_timeline: Some(before) } = self else { return false };
+        systems.iter().any(|known| known.system == *system && known.newest_timeline > Some(*before))
+    }
+}
+
 impl Place {
     /// By the pod's name: a StatefulSet's pods are called `NAME-0`, `NAME-1`, and so on.
     pub fn of_pod(pod: &str) -> Place {
@@ -314,8 +328,9 @@ fn blank(directory: &Directory, why: Blank) -> Decision {
 fn primary(wishes: &Wishes, systems: &[KnownSystem], request: &RequestState) -> Result<Decision, Refusal> {
     if let Some((once, source)) = &wishes.once {
         match request {
-            RequestState::Unclaimed if is_past(*source, systems) => {}
-            RequestState::Unclaimed | RequestState::Ours => {
+            RequestState::Unclaimed | RequestState::Ours { .. } if is_past(*source, systems) => {}
+            RequestState::Ours { .. } if request.is_outlived(systems) => {}
+            RequestState::Unclaimed | RequestState::Ours { .. } => {
                 return match source {
                     Source::Clone { .. } => Ok(Decision::Clone),
                     Source::Own => {

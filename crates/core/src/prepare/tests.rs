@@ -66,7 +66,7 @@ fn systems() -> Vec<(&'static str, Vec<KnownSystem>)> {
 fn states() -> Vec<(&'static str, RequestState)> {
     vec![
         ("unclaimed", RequestState::Unclaimed),
-        ("ours", RequestState::Ours),
+        ("ours", RequestState::Ours { system: Some(FIRST), newest_timeline: timeline(1) }),
         ("ours, otherwise", RequestState::OursOtherwise("LSN 0/1".into())),
         ("another's", RequestState::Others("shop/db-9".into())),
         ("served", served()),
@@ -136,8 +136,13 @@ fn in_no_combination_is_a_database_lost_doubled_or_made_blank() {
             _ => {}
         }
         // What was served isn't served again, and what another has begun neither.
-        if let Repository::Knows { request, .. } = repository {
-            let open = matches!(request, RequestState::Unclaimed | RequestState::Ours);
+        if let Repository::Knows { request, systems } = repository {
+            let open = match request {
+                RequestState::Unclaimed => true,
+                // What it made has been promoted since.
+                RequestState::Ours { .. } => systems.first().and_then(|known| known.newest_timeline) != timeline(2),
+                _ => false,
+            };
             assert!(open || !matches!(decision, Decision::ServeRequest(_) | Decision::Clone), "{case}");
         }
     });
@@ -192,6 +197,23 @@ fn without_the_store_nothing_is_done_but_what_was_said() {
             };
             assert_eq!(decision, expected, "{policy} {asked}");
         }
+    }
+}
+
+#[test]
+fn a_request_is_over_when_what_it_made_has_begun_its_timeline() {
+    let system = Some(FIRST);
+    for (state, newest, outlived) in [
+        (RequestState::Ours { system, newest_timeline: timeline(1) }, known(FIRST, true, 1), false),
+        (RequestState::Ours { system, newest_timeline: timeline(1) }, known(FIRST, true, 2), true),
+        (RequestState::Ours { system, newest_timeline: timeline(3) }, known(FIRST, false, 4), true),
+        // Another database's timelines say nothing, and neither do those of before what isn't known.
+        (RequestState::Ours { system, newest_timeline: timeline(1) }, known(SECOND, true, 9), false),
+        (RequestState::Ours { system: None, newest_timeline: timeline(1) }, known(FIRST, true, 2), false),
+        (RequestState::Ours { system, newest_timeline: None }, known(FIRST, true, 2), false),
+        (RequestState::Unclaimed, known(FIRST, true, 2), false),
+    ] {
+        assert_eq!(state.is_outlived(&[newest]), outlived, "{state:?} {newest:?}");
     }
 }
 
