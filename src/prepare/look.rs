@@ -58,6 +58,18 @@ pub fn remove_stale_marker(pgdata: &Path) {
     }
 }
 
+/// Whether what keeps us from looking into the data directory is root's: the directory itself, which PostgreSQL then
+/// doesn't take for its own, or one above it that nobody but root may pass. There is no database that runs in it: most
+/// likely it's a new volume, which the image's entrypoint, as root, would give to PostgreSQL and make a database in.
+pub fn is_closed_by_root(pgdata: &Path) -> bool {
+    // The first one that can be asked is the one that can't be read, or passed.
+    let Some((path, meta)) = pgdata.ancestors().find_map(|path| Some((path, fs::metadata(path).ok()?))) else {
+        return false;
+    };
+    let others_pass = meta.mode() & 0o001 != 0 || (meta.mode() & 0o010 != 0 && meta.gid() != 0);
+    meta.uid() == 0 && (path == pgdata || !others_pass)
+}
+
 /// Checks that the data directory can be made and written to by us.
 ///
 /// # Errors

@@ -20,14 +20,14 @@ mod look;
 mod requests;
 mod whole;
 
-use std::{io, path::Path, sync::Arc, time::Duration};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 use pgsidecar_core::{
     BackupRecord, Layout, SystemIdentifier,
     plan::{RestorePlan, RestoreRequest},
     prepare::{
-        Awaited, Blank, Decision, Directory, KnownSystem, OnEmpty, Place, Refusal, Repository as Known, RequestState,
-        Source, at_first_sight, choose, decide,
+        Awaited, Blank, Decision, Directory, KnownSystem, Place, Refusal, Repository as Known, RequestState, Source,
+        at_first_sight, choose, decide,
     },
     recovery::{RecoveryMode, RecoverySignal, RecoveryTarget, TargetAction},
     switch::Phase,
@@ -35,7 +35,7 @@ use pgsidecar_core::{
 use tokio::task::JoinHandle;
 
 use self::{
-    known::{known_systems, newest_timeline},
+    known::{check_root, known_systems, newest_timeline},
     requests::Request,
 };
 use crate::{
@@ -97,6 +97,11 @@ pub async fn run(
 ) -> Result<(), Failure> {
     let start = &settings.start;
     if let Some(pgdata) = &start.pgdata {
+        if let Err(error) = fs::metadata(pgdata)
+            && error.kind() == io::ErrorKind::PermissionDenied
+        {
+            check_unreadable(settings, raw, pgdata, &error)?;
+        }
         before_start(settings, pgdata, show).await?;
     }
     if let Some(failure) = publish_helper.and_then(|directory| crate::helper::publish(directory).err()) {
@@ -104,13 +109,11 @@ pub async fn run(
         tracing::error!(hint = failure.hint, "{failure}");
     }
     let checked = check_settings(settings, raw);
-    let Some(pgdata) = start.pgdata.as_deref() else { return without_directory(checked, raw) };
+    let Some(pgdata) = start.pgdata.as_deref() else { return without_directory(checked, settings, raw) };
     let directory = match look::look(pgdata) {
         Ok(directory) => directory,
-        // Nobody makes an empty directory unreadable: this is another user's database.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            let failure = DataDirectory::open(pgdata).err();
-            let hint = failure.map(|failure| failure.hint).unwrap_or_default();
+            let hint = check_unreadable(settings, raw, pgdata, &error)?;
             tracing::error!(hint, "{} can't be read: {error}; PostgreSQL is left to itself", pgdata.display());
             return Ok(());
         }
@@ -142,14 +145,50 @@ fn check_settings<'a>(
     }
 }
 
+/// What is in the directory can't be told. Most likely it's another user's database, which isn't kept from starting,
+/// unless something else was asked for, or it can't be one. Answers with what would make it readable.
+fn check_unreadable(
+    settings: &Settings,
+    raw: &RawPrepare,
+    pgdata: &Path,
+    error: &io::Error,
+) -> Result<String, Failure> {
+    let start = &settings.start;
+    let why = match () {
+        () if raw.says_initdb(start) => None,
+        () if start.names_repository && look::is_closed_by_root(pgdata) => {
+            Some("it's root's, so that no PostgreSQL runs on it, and none may be made there unseen")
+        }
+        () if raw.asks(start) => {
+            Some("whether it holds a database can't be told, and a new one isn't all that is asked for")
+        }
+        () => None,
+    };
+    let hint = match look::check_writable(pgdata) {
+        Err(failure) => failure.hint,
+        Ok(()) => DataDirectory::open(pgdata).err().map(|failure| failure.hint).unwrap_or_default(),
+    };
+    match why {
+        Some(why) => {
+            let what = format!("{} can't be read: {error}; {why}", pgdata.display());
+            Err(Failure::new(Code::TargetDirectory, what).hint(hint))
+        }
+        None => Ok(hint),
+    }
+}
+
 /// Whether there is a database can't be told.
-fn without_directory<T>(checked: Result<T, SettingErrors>, raw: &RawPrepare) -> Result<(), Failure> {
+fn without_directory<T>(
+    checked: Result<T, SettingErrors>,
+    settings: &Settings,
+    raw: &RawPrepare,
+) -> Result<(), Failure> {
     let failure = match checked {
         Err(errors) => errors.into(),
         Ok(_) => Failure::new(Code::Misconfigured, "PGDATA: PostgreSQL's data directory is needed here, and not set")
             .hint("Set PGDATA or --pgdata to the directory, as mounted in this container."),
     };
-    if raw.asks() {
+    if raw.asks(&settings.start) {
         return Err(failure);
     }
     tracing::error!(hint = failure.hint, "{failure}; PostgreSQL is left to itself");
@@ -164,12 +203,12 @@ fn with_wrong_settings(
     errors: SettingErrors,
 ) -> Result<(), Failure> {
     let failure = Failure::from(errors);
-    let unasked = !settings.start.names_repository && !raw.asks();
+    let unasked = !settings.start.names_repository && !raw.asks(&settings.start);
     let may_start = match directory {
         Directory::Database => true,
         Directory::Interrupted | Directory::Other(_) => false,
         // A first start before anybody has set up backups, or with initdb.
-        Directory::Empty | Directory::OnlyLostAndFound => unasked || raw.on_empty() == Some(OnEmpty::Initdb),
+        Directory::Empty | Directory::OnlyLostAndFound => unasked || raw.says_initdb(&settings.start),
     };
     if may_start {
         tracing::error!(hint = failure.hint, "{failure}. PostgreSQL may start all the same, but it has no backups");
@@ -212,6 +251,13 @@ impl Preparation<'_> {
                 request.what()
             );
         }
+        if let Some(request) = request.as_ref().filter(|_| state.is_outlived(&systems)) {
+            tracing::warn!(
+                "request {} ({}) was begun here, and a newer timeline is archived since: it was served, and isn't served again",
+                request.id(),
+                request.what()
+            );
+        }
         self.carry_out(decision, &store, request.as_ref(), &systems).await
     }
 
@@ -227,6 +273,7 @@ impl Preparation<'_> {
 
     /// What the repository says of the cluster and of the request.
     async fn ask(&self, store: &Arc<dyn Store>, request: Option<&Request>) -> Result<Known, Failure> {
+        check_root(&self.work.repository)?;
         let request = match request {
             None => RequestState::Unclaimed,
             Some(request) => request.state().await?,
@@ -274,7 +321,7 @@ impl Preparation<'_> {
                 tracing::info!("request {id} ({what}) was served at {at} by {by}");
             }
             // It was killed before it could note it. Otherwise it would be served again for a volume that is lost.
-            RequestState::Ours => {
+            RequestState::Ours { .. } => {
                 request.served(system, None).await?;
                 tracing::info!("request {id} ({what}) was served: the database is there");
             }
@@ -320,7 +367,7 @@ impl Preparation<'_> {
                 tracing::info!("request {} is served: {}", request.id(), request.what());
                 let repository = self.repository(store, system);
                 let newest = newest_timeline(systems, system);
-                let claim = async || request.claim(newest).await;
+                let claim = async || request.claim(system, newest).await;
                 let signal = RecoverySignal { tail: once.restore.target == RecoveryTarget::Latest, source: None };
                 let mode = RecoveryMode::Recovery(signal);
                 let backup = self.restore(&repository, once.restore.clone(), mode, claim).await?;
@@ -346,7 +393,7 @@ impl Preparation<'_> {
                 let repository =
                     Repository::new(theirs, Layout::new(source.cluster.clone(), system), self.work.compression_level);
                 let newest = newest_timeline(systems, system).max(newest_timeline(&found, system));
-                let claim = async || request.claim(newest).await;
+                let claim = async || request.claim(system, newest).await;
                 let tail = once.restore.target == RecoveryTarget::Latest;
                 let mode = RecoveryMode::Recovery(RecoverySignal { tail, source: Some(source.clone()) });
                 let backup = self.restore(&repository, once.restore.clone(), mode, claim).await?;

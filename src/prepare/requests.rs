@@ -32,7 +32,9 @@ pub struct RequestClaim {
     pub claimed_by: String,
     /// When.
     pub claimed_at: Timestamp,
-    /// The newest timeline that the cluster had then. What the request restores begins a newer one.
+    /// The database that is restored.
+    pub system_identifier: Option<SystemIdentifier>,
+    /// The newest timeline that it had then. What the request restores begins a newer one.
     pub newest_timeline: Option<TimelineId>,
 }
 
@@ -94,7 +96,9 @@ impl Request {
             (None, None) => RequestState::Unclaimed,
             (Some(claim), None) if claim.claimed_by != self.server => RequestState::Others(claim.claimed_by),
             (Some(claim), None) if claim.what != self.what => RequestState::OursOtherwise(claim.what),
-            (Some(_), None) => RequestState::Ours,
+            (Some(claim), None) => {
+                RequestState::Ours { system: claim.system_identifier, newest_timeline: claim.newest_timeline }
+            }
         })
     }
 
@@ -102,20 +106,21 @@ impl Request {
     ///
     /// # Errors
     /// [`Code::Conflict`] if another was faster; the store's.
-    pub async fn claim(&self, newest_timeline: Option<TimelineId>) -> Result<(), Failure> {
+    pub async fn claim(&self, system: SystemIdentifier, newest_timeline: Option<TimelineId>) -> Result<(), Failure> {
         let claim = RequestClaim {
             format: 1,
             id: self.id.to_string(),
             what: self.what.clone(),
             claimed_by: self.server.clone(),
             claimed_at: Timestamp::now(),
+            system_identifier: Some(system),
             newest_timeline,
         };
         if self.create(&Layout::request(&self.cluster, &self.id), &claim).await? == Creation::Created {
             return Ok(());
         }
         match self.state().await? {
-            RequestState::Ours => Ok(()),
+            RequestState::Ours { .. } => Ok(()),
             _ => Err(Failure::new(Code::Conflict, format!("request {} has been begun by another server", self.id))
                 .hint("Nothing was changed. Give the request another id if that server runs no more.")),
         }
@@ -160,6 +165,8 @@ mod tests {
     use super::*;
     use crate::store::MemoryStore;
 
+    const SYSTEM: SystemIdentifier = SystemIdentifier::new(71);
+
     fn request(store: &MemoryStore, what: &str, server: &str) -> Request {
         let cluster = "shop/orders".parse().unwrap();
         Request::new(Arc::new(store.clone()), cluster, "a".parse().unwrap(), what.to_owned(), server.to_owned())
@@ -171,15 +178,16 @@ mod tests {
         let ours = request(&store, "LSN 0/1", "shop/orders");
         let others = request(&store, "LSN 0/1", "shop/other");
         assert_eq!(ours.state().await.unwrap(), RequestState::Unclaimed);
-        ours.claim(TimelineId::new(3)).await.unwrap();
+        ours.claim(SYSTEM, TimelineId::new(3)).await.unwrap();
         // Killed and started again.
-        ours.claim(TimelineId::new(3)).await.unwrap();
-        assert_eq!(ours.state().await.unwrap(), RequestState::Ours);
+        ours.claim(SYSTEM, TimelineId::new(3)).await.unwrap();
+        let begun = RequestState::Ours { system: Some(SYSTEM), newest_timeline: TimelineId::new(3) };
+        assert_eq!(ours.state().await.unwrap(), begun);
         assert_eq!(others.state().await.unwrap(), RequestState::Others("shop/orders".to_owned()));
-        assert_eq!(others.claim(None).await.unwrap_err().code, Code::Conflict);
+        assert_eq!(others.claim(SYSTEM, None).await.unwrap_err().code, Code::Conflict);
         let changed = request(&store, "LSN 0/2", "shop/orders");
         assert_eq!(changed.state().await.unwrap(), RequestState::OursOtherwise("LSN 0/1".to_owned()));
-        assert_eq!(changed.claim(None).await.unwrap_err().code, Code::Conflict);
+        assert_eq!(changed.claim(SYSTEM, None).await.unwrap_err().code, Code::Conflict);
 
         ours.served(None, None).await.unwrap();
         ours.served(None, None).await.unwrap();

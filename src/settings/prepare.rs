@@ -42,6 +42,8 @@ pub struct StartSettings {
     pub pgdata: Option<PathBuf>,
     /// Whether a repository was named, usable or not.
     pub names_repository: bool,
+    /// Whether a cluster was named that this one is cloned from, usable or not.
+    pub names_clone: bool,
     /// Which of a set's servers this is.
     pub place: Place,
     /// Who serves a request: what stays the same when the pod is replaced, and differs from one server of a set to the
@@ -67,7 +69,14 @@ impl StartSettings {
             (Place::Replica(_), Some(namespace), Some(name)) => format!("{namespace}/{name}"),
             _ => workload.unwrap_or_else(|| pod.instance().to_owned()),
         };
-        StartSettings { pgdata, names_repository: set(&raw.repository).is_some(), place: pod.place(), server }
+        let names_repository = set(&raw.repository).is_some();
+        StartSettings {
+            pgdata,
+            names_repository,
+            names_clone: set(&raw.clone_from).is_some(),
+            place: pod.place(),
+            server,
+        }
     }
 }
 
@@ -77,10 +86,28 @@ impl RawPrepare {
         self.on_empty.as_deref().and_then(|text| text.parse().ok())
     }
 
-    /// Whether something is to happen that needs the repository.
-    pub fn asks(&self) -> bool {
-        let set = |text: &Option<String>| text.as_deref().is_some_and(|text| !text.is_empty());
-        set(&self.restore) || (set(&self.on_empty) && self.on_empty() != Some(OnEmpty::Initdb))
+    /// Whether an empty directory isn't simply to become a new database: somebody said so, understandably or not.
+    pub fn asks(&self, start: &StartSettings) -> bool {
+        let policy = set(&self.on_empty) && self.on_empty() != Some(OnEmpty::Initdb);
+        self.asks_once(start) || policy || self.refuses(start.place)
+    }
+
+    /// Whether a new database may be made without a look at anything else: that was said, and nothing is to be restored
+    /// here before.
+    pub fn says_initdb(&self, start: &StartSettings) -> bool {
+        let before = start.place == Place::Primary && self.asks_once(start);
+        self.on_empty() == Some(OnEmpty::Initdb) && !before && !self.refuses(start.place)
+    }
+
+    /// Whether this server is a later one, and these aren't to come up.
+    fn refuses(&self, place: Place) -> bool {
+        let refuse = self.replicas.as_deref().is_some_and(|text| text.parse() == Ok(Replicas::Refuse));
+        refuse && place != Place::Primary
+    }
+
+    /// Whether a restore or a clone was asked for.
+    fn asks_once(&self, start: &StartSettings) -> bool {
+        set(&self.restore) || start.names_clone
     }
 
     /// Checks the settings.
@@ -119,6 +146,10 @@ impl RawPrepare {
             Err(SettingErrors(resolver.0))
         }
     }
+}
+
+fn set(text: &Option<String>) -> bool {
+    text.as_deref().is_some_and(|text| !text.is_empty())
 }
 
 /// Whether a clone's source is the clone's own place: by its names, or because the directories are the same.
@@ -160,8 +191,38 @@ mod tests {
                 "PGSIDECAR_PRIMARY_CONNINFO"
             ]
         );
-        assert!(wrong.asks(), "what isn't understood may have meant something");
-        assert!(!raw("", "initdb").asks() && !raw("", "").asks() && raw("", "refuse").asks());
+        assert!(wrong.asks(&start(Place::Primary, false)), "what isn't understood may have meant something");
+    }
+
+    fn start(place: Place, names_clone: bool) -> StartSettings {
+        StartSettings { pgdata: None, names_repository: false, names_clone, place, server: "shop/db".into() }
+    }
+
+    #[test]
+    fn what_is_asked_for_counts_whether_it_can_be_done_or_not() {
+        let (first, later) = (Place::Primary, Place::Replica(1));
+        // What was said, a clone named, the place: whether it asks, and whether initdb may run.
+        for (restore, on_empty, clone, place, asks, initdb) in [
+            ("", "", false, first, false, false),
+            ("", "initdb", false, first, false, true),
+            ("", "refuse", false, first, true, false),
+            ("", "maybe", false, first, true, false),
+            ("id=../a", "", false, first, true, false),
+            ("", "", true, first, true, false),
+            ("", "initdb", true, first, true, false),
+            ("id=a", "initdb", false, first, true, false),
+            // The clone is the first server's.
+            ("", "initdb", true, later, true, true),
+            ("", "", false, later, false, false),
+        ] {
+            let (mut raw, start) = (raw(restore, on_empty), start(place, clone));
+            let case = format!("{restore:?} {on_empty:?} {start:?}");
+            assert_eq!((raw.asks(&start), raw.says_initdb(&start)), (asks, initdb), "{case}");
+            // Later servers aren't to come up: that's nothing to the first.
+            raw.replicas = Some("refuse".into());
+            let (asks, initdb) = if place == first { (asks, initdb) } else { (true, false) };
+            assert_eq!((raw.asks(&start), raw.says_initdb(&start)), (asks, initdb), "{case}, refused");
+        }
     }
 
     #[test]

@@ -114,7 +114,16 @@ fn a_volume_that_is_lost_just_after_it_healed_heals_again_pg15() {
 fn a_blank_database_never_takes_the_place_of_one_that_has_backups_pg15() {
     let scratch = Scratch::new();
     let repository = Repository::directory(&scratch);
-    let first = empty_pod(&scratch, "db-9", 15, &repository).1;
+    let mut first = empty_pod(&scratch, "db-9", 15, &repository).1;
+    be(&mut first, "db-0");
+    // A volume that isn't mounted yet knows nothing, either.
+    for policy in ["", "restore"] {
+        let text = prepared(&first, 69, &[("PGSIDECAR_ON_EMPTY", policy)]);
+        said(&text, &["can't be told", "isn't there", "where it's a new repository, make the directory"]);
+    }
+    prepared(&first, 0, &[("PGSIDECAR_ON_EMPTY", "initdb")]);
+    assert!(!scratch.path().join("repository").exists());
+    scratch.dir("repository");
     // Nothing is known of it yet: the image makes a new one.
     for policy in ["", "initdb", "restore"] {
         let mut newcomer =
@@ -183,9 +192,11 @@ fn wrong_settings_keep_no_database_from_starting_and_make_none_where_one_may_be_
     // Nobody has set up backups: a first start must not fail for that.
     said(&prepared(&sidecar, 0, &none), &["ERROR", "has no backups"]);
     // But somebody has said that this directory isn't to be empty.
-    for setting in [RESTORE, ("PGSIDECAR_ON_EMPTY", "refuse"), ("PGSIDECAR_RESTORE", "id=a")] {
+    let source = ("PGSIDECAR_CLONE_FROM", "s3://backups?cluster=shop/orders");
+    for setting in [RESTORE, ("PGSIDECAR_ON_EMPTY", "refuse"), ("PGSIDECAR_RESTORE", "id=a"), source] {
         prepared(&sidecar, 78, &[none[0], setting]);
     }
+    prepared(&sidecar, 78, &[none[0], source, ("PGSIDECAR_ON_EMPTY", "initdb")]);
     said(&prepared(&sidecar, 0, &[("PGDATA", "")]), &["PGDATA"]);
     prepared(&sidecar, 78, &[("PGDATA", ""), RESTORE]);
     assert!(is_empty(&scratch.path().join("empty")));
@@ -232,6 +243,10 @@ fn a_request_is_served_once(major: u32) {
     lose_volume(&postgres);
     let text = prepared(&sidecar, 73, &wanted);
     said(&text, &["request first", "isn't served again", "PostgreSQL must not start"]);
+    // Neither is it where that it was served could not be noted, and the volume is lost before the next start.
+    look.remove(&"shop/db/requests/first.served.json".parse().unwrap());
+    let text = prepared(&sidecar, 73, &wanted);
+    said(&text, &["request first", "isn't served again", "PostgreSQL must not start"]);
     // What is lost now is had back as it was in the end, not as it was before the request.
     prepared(&sidecar, 0, &[wanted[0], RESTORE]);
     start(&mut postgres, &mut sidecar);
@@ -262,6 +277,7 @@ fn of_one_request_no_two_servers_are_made_pg15() {
         what: "the end of the archive".to_owned(),
         claimed_by: "shop/db".to_owned(),
         claimed_at: jiff::Timestamp::now(),
+        system_identifier: None,
         newest_timeline: None,
     };
     let key = "shop/db/requests/a.json".parse().unwrap();
@@ -333,6 +349,14 @@ fn the_next_server_of_a_set_is_a_standby(major: u32) {
     let (mut postgres, mut sidecar) = pod(&scratch, "db-0", major, &repository);
     let (mut standby, mut beside) = empty_pod(&scratch, "db-1", major, &repository);
     said(&prepared(&beside, 75, &[RESTORE]), &["no backup yet"]);
+    for policy in ["", "initdb", "restore"] {
+        let refuse = [("PGSIDECAR_REPLICAS", "refuse"), ("PGSIDECAR_ON_EMPTY", policy)];
+        said(&prepared(&beside, 73, &refuse), &["server 1 of a set"]);
+        said(
+            &prepared(&beside, 73, &[refuse[0], refuse[1], ("PGSIDECAR_CLUSTER", "shop/new")]),
+            &["server 1 of a set"],
+        );
+    }
     postgres.sql("CREATE TABLE rows AS SELECT 1 AS n");
     back_up(&sidecar);
     said(&prepared(&beside, 73, &[]), &["must not come up as a database of its own"]);
@@ -431,6 +455,7 @@ fn the_helper_is_there_before_postgresql_is() {
     let scratch = Scratch::new();
     let shared = scratch.dir("shared");
     let (_, sidecar) = empty_pod(&scratch, "db-0", 15, &Repository::directory(&scratch));
+    scratch.dir("repository");
     prepared(&sidecar, 0, &[("PGSIDECAR_PUBLISH_HELPER", shared.to_str().unwrap())]);
     assert!(shared.join("pgsidecar-wal").exists());
     // Neither that it can't be put there keeps a database from starting.
@@ -465,12 +490,76 @@ fn a_volume_that_can_not_be_written_to_is_told_with_what_to_set_root_pg15() {
     fs::create_dir(&volume).unwrap();
     sidecar.set("PGDATA", volume.join("pgdata").to_str().unwrap());
     said(&prepared(&sidecar, 73, &[RESTORE]), &["belongs to user 0", "securityContext.fsGroup"]);
-    // Whose it is can't be told; most likely a database's, which must not be kept from starting.
-    let closed = scratch.path().join("closed");
-    fs::create_dir(&closed).unwrap();
-    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
-    let theirs = [RESTORE, ("PGDATA", text(&closed))];
-    said(&prepared(&sidecar, 0, &theirs), &["ERROR", "can't be read", "securityContext.runAsUser: 0"]);
     // The image would fail as well; that's its own to say.
     said(&prepared(&sidecar, 0, &[("PGSIDECAR_ON_EMPTY", "initdb")]), &["WARN", "securityContext.fsGroup"]);
+}
+
+#[test]
+fn a_directory_that_can_not_be_read_is_left_alone_only_where_a_database_may_be_in_it_root_pg15() {
+    const REFUSE: (&str, &str) = ("PGSIDECAR_ON_EMPTY", "refuse");
+    const INITDB: (&str, &str) = ("PGSIDECAR_ON_EMPTY", "initdb");
+    const REQUEST: (&str, &str) = ("PGSIDECAR_RESTORE", "id=a");
+    const CLONE: (&str, &str) = ("PGSIDECAR_CLONE_FROM", "file:///srv/backups?cluster=shop/orders");
+    const NOWHERE: (&str, &str) = ("PGSIDECAR_REPOSITORY", "");
+    const NOTHING: (&str, &str) = ("PGSIDECAR_ON_EMPTY", "");
+    let scratch = Scratch::new();
+    let (_postgres, sidecar) = empty_pod(&scratch, "db-0", 15, &Repository::directory(&scratch));
+    let closed = |name: &str, owner: u32| {
+        let path = scratch.path().join(name);
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        std::os::unix::fs::chown(&path, Some(owner), Some(owner)).unwrap();
+        path
+    };
+    // Another user's, a new volume as it's mounted at PGDATA, and one that is mounted above it.
+    let (theirs, roots) = (closed("theirs", 12_345), closed("roots", 0));
+    let below = roots.join("pgdata");
+    let hint = "HINT: ";
+    for (pgdata, setting, code, words) in [
+        (&theirs, NOTHING, 0, ["ERROR", "PostgreSQL is left to itself", "runAsUser"]),
+        (&theirs, INITDB, 0, ["ERROR", "PostgreSQL is left to itself", "runAsUser"]),
+        (&theirs, RESTORE, 73, ["can't be told", hint, "the user of PostgreSQL, 12345"]),
+        (&theirs, REFUSE, 73, ["can't be told", hint, "runAsUser"]),
+        (&theirs, REQUEST, 73, ["can't be told", hint, "runAsUser"]),
+        (&theirs, CLONE, 73, ["can't be told", hint, "runAsUser"]),
+        (&roots, NOTHING, 73, ["it's root's", hint, "securityContext.fsGroup"]),
+        (&roots, RESTORE, 73, ["it's root's", hint, "securityContext.fsGroup"]),
+        (&below, NOTHING, 73, ["it's root's", hint, "securityContext.fsGroup"]),
+        (&roots, INITDB, 0, ["ERROR", "PostgreSQL is left to itself", "securityContext.fsGroup"]),
+        (&roots, NOWHERE, 0, ["ERROR", "PostgreSQL is left to itself", "securityContext.fsGroup"]),
+    ] {
+        said(&prepared(&sidecar, code, &[("PGDATA", text(pgdata)), setting]), &words);
+    }
+}
+
+#[test]
+fn a_database_of_which_there_are_only_dumps_does_not_come_up_blank_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (mut postgres, mut sidecar) = pod(&scratch, "db-0", 15, &repository);
+    ship_wal(&postgres);
+    stop(&mut postgres, &mut sidecar);
+    lose_volume(&postgres);
+    said(&prepared(&sidecar, 0, &[]), &["has WAL of this cluster but no backup"]);
+    // A dump that was begun and not ended is none. One whose record can't be read may have been one.
+    let look = Look::into(&repository);
+    let system = look.keys()[0].0.as_str().split('/').nth(2).unwrap().to_owned();
+    let dump = |object: &str, content: &str| {
+        let directory = format!("shop/db/{system}/dumps/20261121T030000Z");
+        let key = format!("{directory}/{object}").parse().unwrap();
+        look.put(&key, content.as_bytes().to_vec(), None);
+        let path = scratch.path().join("repository").join(directory);
+        for path in [path.parent().unwrap(), &path, &path.join(object)] {
+            give_to_servers(path);
+        }
+    };
+    dump("started.json", "{}");
+    said(&prepared(&sidecar, 0, &[]), &["has WAL of this cluster but no backup"]);
+    dump("dump.json", "{");
+    for policy in ["", "restore"] {
+        let text = prepared(&sidecar, 73, &[("PGSIDECAR_ON_EMPTY", policy)]);
+        said(&text, &["has dumps of this cluster and no backup", "HINT: ", "pgsidecar dump restore"]);
+    }
+    prepared(&sidecar, 0, &[("PGSIDECAR_ON_EMPTY", "initdb")]);
+    assert!(is_empty(&postgres.data));
 }

@@ -127,6 +127,8 @@ pub struct KnownSystem {
     pub has_backups: bool,
     /// Whether there is a storage snapshot. It can't be restored from here, but says that there was a database.
     pub has_snapshots: bool,
+    /// Whether there is a complete dump. It isn't restored from here either, but says the same.
+    pub has_dumps: bool,
     /// The newest timeline that has WAL or a history.
     pub newest_timeline: Option<TimelineId>,
 }
@@ -137,7 +139,12 @@ pub enum RequestState {
     /// Nobody has begun it, or there is none.
     Unclaimed,
     /// This server has begun it.
-    Ours,
+    Ours {
+        /// Of which database it was to be served, where that was noted.
+        system: Option<SystemIdentifier>,
+        /// The newest timeline that this had then.
+        newest_timeline: Option<TimelineId>,
+    },
     /// This server has begun one of that id, which was another: its words.
     OursOtherwise(String),
     /// Another server has begun it.
@@ -212,6 +219,8 @@ pub enum Refusal {
     Said,
     /// The database has backups: this is a lost volume, or the wrong one.
     LostVolume,
+    /// There is nothing but dumps of it, which are restored into a database.
+    OnlyDumps,
     /// A request was served before, and nothing says what to do now.
     ServedBefore(RequestId),
     /// A request of this id was begun with other words.
@@ -241,6 +250,15 @@ pub enum Awaited {
     Backup,
 }
 
+impl RequestState {
+    /// Whether what this server was to restore has begun its timeline in the repository: it was served, and that could
+    /// not be noted.
+    pub fn is_outlived(&self, systems: &[KnownSystem]) -> bool {
+        let RequestState::Ours { system: Some(system), newest_timeline: Some(before) } = self else { return false };
+        systems.iter().any(|known| known.system == *system && known.newest_timeline > Some(*before))
+    }
+}
+
 impl Place {
     /// By the pod's name: a StatefulSet's pods are called `NAME-0`, `NAME-1`, and so on.
     pub fn of_pod(pod: &str) -> Place {
@@ -264,11 +282,16 @@ pub fn at_first_sight(directory: &Directory, place: Place, wishes: &Wishes) -> O
     let asked = wishes.once.is_some();
     // A later server of a set that initdb was chosen for is the image's as well: the request is for the first.
     let image = wishes.on_empty == Some(OnEmpty::Initdb) && (!asked || place != Place::Primary);
-    match directory {
-        Directory::Database => Some(Decision::KeepDatabase),
+    match (directory, place) {
+        (Directory::Database, _) => Some(Decision::KeepDatabase),
         // The image refuses it, too, by itself.
-        Directory::Other(_) if image => Some(Decision::LeaveToImage(Blank::Said)),
-        Directory::Other(name) => Some(Decision::Refuse(Refusal::NotEmpty(name.clone()))),
+        (Directory::Other(_), _) if image => Some(Decision::LeaveToImage(Blank::Said)),
+        (Directory::Other(name), _) => Some(Decision::Refuse(Refusal::NotEmpty(name.clone()))),
+        // It's no default, so that somebody said it, and of later servers alone: it goes before all that is said of empty
+        // directories in general, and before what the repository knows.
+        (_, Place::Replica(ordinal)) if wishes.replicas == Replicas::Refuse => {
+            Some(Decision::Refuse(Refusal::Replica(ordinal)))
+        }
         _ if image => Some(blank(directory, Blank::Said)),
         _ if wishes.on_empty == Some(OnEmpty::Refuse) && !asked => Some(Decision::Refuse(Refusal::Said)),
         _ => None,
@@ -305,8 +328,9 @@ fn blank(directory: &Directory, why: Blank) -> Decision {
 fn primary(wishes: &Wishes, systems: &[KnownSystem], request: &RequestState) -> Result<Decision, Refusal> {
     if let Some((once, source)) = &wishes.once {
         match request {
-            RequestState::Unclaimed if is_past(*source, systems) => {}
-            RequestState::Unclaimed | RequestState::Ours => {
+            RequestState::Unclaimed | RequestState::Ours { .. } if is_past(*source, systems) => {}
+            RequestState::Ours { .. } if request.is_outlived(systems) => {}
+            RequestState::Unclaimed | RequestState::Ours { .. } => {
                 return match source {
                     Source::Clone { .. } => Ok(Decision::Clone),
                     Source::Own => {
@@ -326,8 +350,10 @@ fn primary(wishes: &Wishes, systems: &[KnownSystem], request: &RequestState) -> 
             Some(system) => Ok(Decision::Heal(system)),
             // The first start of a database that is to heal itself later.
             None if systems.is_empty() && wishes.once.is_none() => Ok(Decision::LeaveToImage(Blank::Unknown)),
+            None if has_only_dumps(systems) => Err(Refusal::OnlyDumps),
             None => Err(Refusal::NoBackups),
         },
+        None if has_only_dumps(systems) => Err(Refusal::OnlyDumps),
         None if has_data(systems) => Err(Refusal::LostVolume),
         // Who asked for a restore doesn't want a blank database in the end.
         None => match &wishes.once {
@@ -350,7 +376,7 @@ fn replica(
         return Ok(Decision::LeaveToImage(Blank::Unknown));
     }
     let wanted = wishes.once.is_some() || wishes.on_empty == Some(OnEmpty::Restore);
-    if wishes.replicas == Replicas::Refuse || !wanted {
+    if !wanted {
         return Err(Refusal::Replica(ordinal));
     }
     let wait = |awaited| Refusal::ReplicaWaits(ordinal, awaited);
@@ -382,7 +408,11 @@ fn is_past(source: Source, systems: &[KnownSystem]) -> bool {
 }
 
 fn has_data(systems: &[KnownSystem]) -> bool {
-    systems.iter().any(|known| known.has_backups || known.has_snapshots)
+    systems.iter().any(|known| known.has_backups || known.has_snapshots || known.has_dumps)
+}
+
+fn has_only_dumps(systems: &[KnownSystem]) -> bool {
+    has_data(systems) && !systems.iter().any(|known| known.has_backups || known.has_snapshots)
 }
 
 /// The database to be restored: the one that was named, or the only one that has backups. `None` if none has.

@@ -8,7 +8,7 @@ fn timeline(number: u32) -> Option<TimelineId> {
 }
 
 fn known(system: SystemIdentifier, has_backups: bool, newest: u32) -> KnownSystem {
-    KnownSystem { system, has_backups, has_snapshots: false, newest_timeline: timeline(newest) }
+    KnownSystem { system, has_backups, has_snapshots: false, has_dumps: false, newest_timeline: timeline(newest) }
 }
 
 fn served() -> RequestState {
@@ -51,9 +51,11 @@ fn requests() -> Vec<(&'static str, Asked)> {
 
 fn systems() -> Vec<(&'static str, Vec<KnownSystem>)> {
     let snapshot = KnownSystem { has_snapshots: true, ..known(FIRST, false, 1) };
+    let dumps = KnownSystem { has_dumps: true, newest_timeline: None, ..known(FIRST, false, 1) };
     vec![
         ("nothing", vec![]),
         ("WAL", vec![known(FIRST, false, 1)]),
+        ("dumps", vec![dumps]),
         ("snapshot", vec![snapshot]),
         ("backup", vec![known(FIRST, true, 1), known(SECOND, false, 1)]),
         ("promoted", vec![known(FIRST, true, 2)]),
@@ -64,7 +66,7 @@ fn systems() -> Vec<(&'static str, Vec<KnownSystem>)> {
 fn states() -> Vec<(&'static str, RequestState)> {
     vec![
         ("unclaimed", RequestState::Unclaimed),
-        ("ours", RequestState::Ours),
+        ("ours", RequestState::Ours { system: Some(FIRST), newest_timeline: timeline(1) }),
         ("ours, otherwise", RequestState::OursOtherwise("LSN 0/1".into())),
         ("another's", RequestState::Others("shop/db-9".into())),
         ("served", served()),
@@ -123,6 +125,10 @@ fn in_no_combination_is_a_database_lost_doubled_or_made_blank() {
             assert!(why == Blank::Said || nothing_to_restore, "{case}");
             assert_ne!(wishes.on_empty, Some(OnEmpty::Refuse), "{case}");
         }
+        // Where later servers aren't to come up, none does on an empty volume, whatever else was said and is known.
+        if let (Place::Replica(_), Replicas::Refuse, Directory::Empty) = (place, wishes.replicas, directory) {
+            assert_eq!(decision, Decision::Refuse(Refusal::Replica(1)), "{case}");
+        }
         // The place of the primary is one server's, and standbys are the others'.
         match (place, &decision) {
             (Place::Replica(_), Decision::ServeRequest(_) | Decision::Clone | Decision::Heal(_)) => panic!("{case}"),
@@ -130,12 +136,17 @@ fn in_no_combination_is_a_database_lost_doubled_or_made_blank() {
             _ => {}
         }
         // What was served isn't served again, and what another has begun neither.
-        if let Repository::Knows { request, .. } = repository {
-            let open = matches!(request, RequestState::Unclaimed | RequestState::Ours);
+        if let Repository::Knows { request, systems } = repository {
+            let open = match request {
+                RequestState::Unclaimed => true,
+                // What it made has been promoted since.
+                RequestState::Ours { .. } => systems.first().and_then(|known| known.newest_timeline) != timeline(2),
+                _ => false,
+            };
             assert!(open || !matches!(decision, Decision::ServeRequest(_) | Decision::Clone), "{case}");
         }
     });
-    assert_eq!(combinations, 5 * 2 * 4 * 4 * 2 * 31);
+    assert_eq!(combinations, 5 * 2 * 4 * 4 * 2 * 36);
 }
 
 #[test]
@@ -190,6 +201,23 @@ fn without_the_store_nothing_is_done_but_what_was_said() {
 }
 
 #[test]
+fn a_request_is_over_when_what_it_made_has_begun_its_timeline() {
+    let system = Some(FIRST);
+    for (state, newest, outlived) in [
+        (RequestState::Ours { system, newest_timeline: timeline(1) }, known(FIRST, true, 1), false),
+        (RequestState::Ours { system, newest_timeline: timeline(1) }, known(FIRST, true, 2), true),
+        (RequestState::Ours { system, newest_timeline: timeline(3) }, known(FIRST, false, 4), true),
+        // Another database's timelines say nothing, and neither do those of before what isn't known.
+        (RequestState::Ours { system, newest_timeline: timeline(1) }, known(SECOND, true, 9), false),
+        (RequestState::Ours { system: None, newest_timeline: timeline(1) }, known(FIRST, true, 2), false),
+        (RequestState::Ours { system, newest_timeline: None }, known(FIRST, true, 2), false),
+        (RequestState::Unclaimed, known(FIRST, true, 2), false),
+    ] {
+        assert_eq!(state.is_outlived(&[newest]), outlived, "{state:?} {newest:?}");
+    }
+}
+
+#[test]
 fn of_several_databases_the_one_is_restored_that_was_named() {
     let several = [known(FIRST, true, 1), known(SECOND, true, 1)];
     assert_eq!(choose(&several, None), Err(Refusal::SeveralSystems(vec![FIRST, SECOND])));
@@ -226,6 +254,7 @@ fn each_refusal_says_what_it_is_and_what_to_do() {
         Refusal::LostAndFound,
         Refusal::Said,
         Refusal::LostVolume,
+        Refusal::OnlyDumps,
         Refusal::ServedBefore(id()),
         Refusal::RequestChanged(id(), "LSN 0/1".into()),
         Refusal::RequestOfAnother(id(), "shop/db-0".into()),

@@ -49,6 +49,9 @@ impl fmt::Display for Refusal {
             Refusal::LostVolume => f.write_str(
                 "it's empty, and the repository has backups of this cluster: a blank database must not take its place",
             ),
+            Refusal::OnlyDumps => f.write_str(
+                "it's empty, and the repository has dumps of this cluster and no backup: a blank database must not take its place",
+            ),
             Refusal::ServedBefore(id) => {
                 write!(f, "it's empty, and request {id} was served before: it isn't served again")
             }
@@ -97,6 +100,9 @@ impl Refusal {
                 "Is it the right volume? PGSIDECAR_ON_EMPTY=restore brings the database back as it was in the end, PGSIDECAR_RESTORE as it was \
                  at some time, and PGSIDECAR_ON_EMPTY=initdb makes a new one beside the old one's backups."
             }
+            Refusal::OnlyDumps => {
+                "Is it the right volume? PGSIDECAR_ON_EMPTY=initdb makes a new database; then pgsidecar dump restore brings the dumps back into it."
+            }
             Refusal::ServedBefore(_) => {
                 "Give the request another id to have it served once more, or set PGSIDECAR_ON_EMPTY to restore or initdb."
             }
@@ -109,7 +115,7 @@ impl Refusal {
             }
             Refusal::SeveralSystems(_) | Refusal::NoSuchSystem(..) => "Choose one with PGSIDECAR_SYSTEM_IDENTIFIER.",
             Refusal::Replica(_) => {
-                "PGSIDECAR_ON_EMPTY=restore with PGSIDECAR_REPLICAS=standby makes a standby of it; PGSIDECAR_ON_EMPTY=initdb leaves it to the image."
+                "PGSIDECAR_ON_EMPTY=restore with PGSIDECAR_REPLICAS=standby makes a standby of it; PGSIDECAR_ON_EMPTY=initdb leaves it to the image, unless PGSIDECAR_REPLICAS is refuse."
             }
             Refusal::ReplicaWaits(_, Awaited::Backup) => {
                 "Take one beside the first server: pgsidecar backup create. It's tried again."
