@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pgsidecar_core::{
-    ArchiveFileName, BackupId, BackupRecord, DumpId, ObjectKey, SnapshotId,
+    BackupId, BackupRecord, DumpId, ObjectKey, SnapshotId,
     layout::{BackupObject, DumpObject, RepositoryObject},
     retention::{self, RetentionPlan},
 };
@@ -17,7 +17,7 @@ use crate::{
     backup::complete::missing_objects,
     failure::{Code, Failure},
     repository::{Repository, pins},
-    store::{ListRequest, MAX_PAGE, Pages, StoreError, StoreErrorKind},
+    store::{ListRequest, Pages, StoreError, StoreErrorKind},
 };
 
 /// How many refusals are told one by one; the others are counted.
@@ -215,7 +215,6 @@ impl<'a> Removal<'a> {
     /// Step 5.
     pub(super) async fn wal(&mut self, plan: &RetentionPlan) -> Result<(), Failure> {
         let layout = self.repository.layout();
-        let mut last: Vec<(ObjectKey, u64)> = Vec::new();
         for prefix in [layout.all_tails_prefix(), layout.wal_prefix()] {
             let mut pages = Pages::new(self.repository.store(), ListRequest::under(prefix));
             while let Some(page) = pages.next().await? {
@@ -227,23 +226,14 @@ impl<'a> Removal<'a> {
                         RepositoryObject::PartialWal(segment, _) | RepositoryObject::Tail(segment, _) => {
                             segment.timeline()
                         }
-                        RepositoryObject::TimelineOwner(timeline) => *timeline,
                         _ => continue,
                     };
-                    if !plan.timeline(timeline).is_some_and(|timeline| timeline.removes(&object)) {
-                        continue;
+                    if plan.timeline(timeline).is_some_and(|timeline| timeline.removes(&object)) {
+                        going.push((listed.key, listed.size));
                     }
-                    let is_last = matches!(
-                        object,
-                        RepositoryObject::TimelineOwner(_) | RepositoryObject::Wal(ArchiveFileName::History(_))
-                    );
-                    if is_last { &mut last } else { &mut going }.push((listed.key, listed.size));
                 }
                 self.wal_files(&going).await?;
             }
-        }
-        for batch in last.chunks(MAX_PAGE) {
-            self.wal_files(batch).await?;
         }
         Ok(())
     }

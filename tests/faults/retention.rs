@@ -25,6 +25,8 @@ use pgsidecar_core::{
     backup::DamagedFile,
     dump::DumpFormat,
     layout::{BackupObject, DumpObject, RepositoryObject},
+    plan::{RestoreRequest, select},
+    recovery::RecoveryTarget,
     retention::Policy,
 };
 
@@ -356,4 +358,37 @@ async fn a_dump_that_was_not_completed_counts_for_nothing_and_old_ones_stay_inst
     let removed = past.prune("12d").await.unwrap().removed.dumps;
     assert_eq!(removed, [0, 5, 10, 15, 12].map(|day| past.dump(day)), "the last two complete ones stay");
     assert!(past.keys().await.iter().any(|key| key.contains(&begun.to_string())));
+}
+
+#[tokio::test]
+async fn a_timeline_that_was_given_up_leaves_its_history_and_misleads_no_restore() {
+    let past = Past::new(1).await;
+    let timeline = TimelineId::new(2).unwrap();
+    let switch = size().start_of(past.segment_of(12));
+    let history = RepositoryObject::Wal(ArchiveFileName::History(timeline));
+    let key = past.repository.layout().key(&history);
+    let text = format!("1\t{switch}\tno recovery target specified\n");
+    past.repository.store_bytes(&key, "the history", text.into()).await.unwrap();
+    past.stored_on(&key, 12);
+    past.put(&RepositoryObject::TimelineOwner(timeline), 12).await;
+    let segment = SegmentName::from_number(timeline, past.segment_of(12), size());
+    past.put(&RepositoryObject::Wal(ArchiveFileName::Segment(segment)), 12).await;
+    let latest = async || {
+        let catalog = past.repository.catalog().await.unwrap();
+        let request = RestoreRequest { target: RecoveryTarget::Latest, timeline: None, backup: None, inclusive: true };
+        let selection = select(&catalog, &request).unwrap();
+        (selection.history.timeline(), selection.backup.id)
+    };
+    assert_eq!(latest().await, (timeline, past.id(11)));
+    assert_eq!(past.prune("12d").await.unwrap().removed.wal_files, 10 + 1);
+    let keys = past.keys().await;
+    let there = |object: &RepositoryObject| keys.contains(past.repository.layout().key(object).as_str());
+    let objects =
+        [history, RepositoryObject::TimelineOwner(timeline), RepositoryObject::Wal(ArchiveFileName::Segment(segment))];
+    assert_eq!(objects.each_ref().map(there), [true, true, false]);
+    assert_eq!(latest().await, (TimelineId::FIRST, past.id(21)));
+    // What a stopped server had is more than a history.
+    past.put(&RepositoryObject::Tail(segment, "0123456789abcdef".into()), 29).await;
+    assert_eq!(latest().await.0, timeline);
+    assert_eq!(past.prune("12d").await.unwrap().removed.wal_files, 0);
 }

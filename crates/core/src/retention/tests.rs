@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use self::world::{Event, HOUR, World, at, event};
 use super::*;
 use crate::{
-    BackupKind, BackupRecord, SegmentName, SnapshotRecord, chain::chain, plan::tests as sample,
-    recovery::RecoveryTarget, snapshot::tests::record as snapshot,
+    ArchiveFileName, BackupKind, BackupRecord, SegmentName, SnapshotRecord, chain::chain, layout::RepositoryObject,
+    plan::tests as sample, recovery::RecoveryTarget, snapshot::tests::record as snapshot,
 };
 use sample::{SIZE, tli};
 
@@ -220,7 +220,7 @@ fn a_timeline_whose_history_is_missing_blocks_unless_its_own_backups_reach_far_e
 }
 
 #[test]
-fn a_timeline_that_was_given_up_goes_with_its_history_and_one_without_backups_stays_whole() {
+fn a_timeline_that_was_given_up_goes_but_for_its_number_and_one_without_backups_stays_whole() {
     let events = [
         Event::Backup { server: 0, kind: 0, segments: 0, clock_behind: 0 },
         Event::Write { server: 0, segments: 10 },
@@ -235,8 +235,13 @@ fn a_timeline_that_was_given_up_goes_with_its_history_and_one_without_backups_st
     let (world, now) = World::simulate(&events);
     let planned = plan(&world.inventory(), &policy(24, 1), at(now)).unwrap();
     let left = world.without(&planned);
-    assert_eq!((left.backups.len(), left.timelines()), (1, BTreeSet::from([1])));
-    assert!(!planned.timeline(tli(2)).unwrap().stays());
+    assert_eq!((left.backups.len(), left.timelines()), (1, BTreeSet::from([1, 2])));
+    assert!(left.segments.keys().all(|(timeline, _)| *timeline == 1));
+    let given_up = planned.timeline(tli(2)).unwrap();
+    assert!(given_up.needed.is_empty());
+    for object in [RepositoryObject::Wal(ArchiveFileName::History(tli(2))), RepositoryObject::TimelineOwner(tli(2))] {
+        assert!(!given_up.removes(&object), "another server would get its number");
+    }
     // No backup leads to the server that began anew: one may be under way.
     let mut lonely = world.clone();
     lonely.histories.insert(3, (vec![], now));
