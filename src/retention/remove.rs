@@ -146,13 +146,22 @@ impl<'a> Removal<'a> {
         Ok(whole)
     }
 
-    /// Which of these backups have been pinned meanwhile, or are built on by one that was completed meanwhile.
+    /// Which of these backups have been pinned meanwhile, or are built on by one that was completed meanwhile: all,
+    /// if the record of such a one can't be read.
     async fn needed_after_all(&self, unmarked: &BTreeSet<BackupId>) -> Result<BTreeSet<BackupId>, Failure> {
         let known: BTreeMap<BackupId, Option<BackupId>> =
             self.gathered.inventory.backups.iter().map(|record| (record.id, record.parent)).collect();
         let mut wanted: Vec<BackupId> = pins::list(self.repository).await?.into_iter().collect();
         for id in self.repository.backup_ids().await?.into_iter().filter(|id| !known.contains_key(id)) {
-            wanted.extend(self.repository.backup(id).await?.and_then(|record| record.parent));
+            match self.repository.backup(id).await {
+                Ok(record) => wanted.extend(record.and_then(|record| record.parent)),
+                // It may build on any of them.
+                Err(failure) if failure.code == Code::Damaged => {
+                    tracing::warn!("backup {id} has come meanwhile and can't be read: {failure}");
+                    return Ok(unmarked.clone());
+                }
+                Err(failure) => return Err(failure),
+            }
         }
         let mut needed = BTreeSet::new();
         while let Some(id) = wanted.pop() {
@@ -280,7 +289,8 @@ impl<'a> Removal<'a> {
 /// Deletes a backup that somebody names, with what builds on it if `cascade`. WAL stays until the next prune.
 ///
 /// # Errors
-/// [`Code::NotFound`]; [`Code::Conflict`] if it's pinned, others build on it, or, without `force`, if no other could be
+/// [`Code::NotFound`]; [`Code::Damaged`] if a record can't be read that may need it; [`Code::Conflict`] if it's pinned,
+/// others build on it, or, without `force`, if no other could be
 /// restored; [`Code::StoreDenied`] if the store refuses; the store's.
 pub async fn delete_backup(
     repository: &Repository,
@@ -290,8 +300,11 @@ pub async fn delete_backup(
 ) -> Result<Removed, Failure> {
     let gathered = gather::gather(repository, jiff::Timestamp::now()).await?;
     let order = retention::may_delete(&gathered.inventory, id, cascade, force).map_err(|refusal| {
-        let missing = matches!(refusal, retention::DeleteRefusal::NoSuchBackup(_));
-        let code = if missing { Code::NotFound } else { Code::Conflict };
+        let code = match refusal {
+            retention::DeleteRefusal::NoSuchBackup(_) => Code::NotFound,
+            retention::DeleteRefusal::Unreadable { .. } => Code::Damaged,
+            _ => Code::Conflict,
+        };
         Failure::new(code, refusal.to_string()).hint(refusal.hint())
     })?;
     let mut removal = Removal::new(repository, &gathered, false);

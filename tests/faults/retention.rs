@@ -193,6 +193,9 @@ async fn nothing_goes_when_the_newest_backup_is_damaged_or_a_record_can_not_be_r
         let record = past.repository.layout().backup(past.id(10), BackupObject::Record);
         std::fs::write(past.path(&record), change).unwrap();
         assert!(refused(&past).await.contains("can't be read"));
+        // It may build on the one that somebody names.
+        let failure = delete_backup(&past.repository, past.id(0), true, true).await.unwrap_err();
+        assert_eq!((failure.code, past.ids().await.len()), (Code::Damaged, 5), "{failure}");
     }
 
     let past = Past::new(1).await;
@@ -322,7 +325,7 @@ impl Store for Meanwhile {
 
 #[tokio::test]
 async fn what_is_pinned_or_built_on_while_it_is_removed_is_put_back() {
-    for with_child in [false, true] {
+    for (with_child, readable) in [(false, true), (true, true), (true, false)] {
         let past = Past::new(2).await;
         let layout = past.repository.layout().clone();
         let marker = layout.backup(past.id(1), BackupObject::Record);
@@ -330,14 +333,19 @@ async fn what_is_pinned_or_built_on_while_it_is_removed_is_put_back() {
             let mut child = past.repository.backup(past.id(21)).await.unwrap().unwrap();
             child.id = BackupId::new(past.at(22), BackupKind::Incremental);
             child.parent = Some(past.id(1));
+            child.format += u32::from(!readable);
             (layout.backup(child.id, BackupObject::Record), serde_json::to_vec(&child).unwrap())
         } else {
             (layout.key(&RepositoryObject::Pin(past.id(1))), b"{}".to_vec())
         };
         let store = Meanwhile { beneath: past.beneath(), at: marker, put: Mutex::new(vec![(key, content)]) };
         let repository = Repository::new(Arc::new(store), layout, 1);
-        let pruned = prune(&repository, &policy("12d"), Timestamp::now(), false).await.unwrap();
-        assert_eq!(pruned.removed.backups, [], "{with_child}");
+        let pruned = prune(&repository, &policy("12d"), Timestamp::now(), false).await;
+        match pruned {
+            Ok(pruned) => assert_eq!((pruned.removed.backups, readable), (vec![], true), "{with_child}"),
+            // It's planned anew, and what it needs can't be told any more.
+            Err(failure) => assert_eq!((failure.code, readable), (Code::Damaged, false), "{failure}"),
+        }
         for day in [0, 1] {
             let record = past.repository.backup(past.id(day)).await.unwrap().unwrap();
             assert_eq!(missing_objects(&past.repository, &record).await.unwrap(), []);

@@ -285,6 +285,10 @@ fn deleting_by_name_refuses_what_others_need_and_the_last_one() {
     assert_eq!(refused, DeleteRefusal::BuiltOn { backup: ids[5], dependents: vec![ids[6]] });
     assert_eq!(may_delete(&world.inventory(), ids[5], true, false).unwrap(), [ids[6], ids[5]]);
     assert_eq!(may_delete(&world.inventory(), ids[9], false, false).unwrap(), [ids[9]]);
+    let mut inventory = world.inventory();
+    inventory.unreadable.push(Unreadable { what: "a record".into(), why: "it's of a newer version".into() });
+    let refused = DeleteRefusal::Unreadable { what: "a record".into(), why: "it's of a newer version".into() };
+    assert_eq!(may_delete(&inventory, ids[9], true, true), Err(refused));
     world.pins.insert(ids[6]);
     assert_eq!(may_delete(&world.inventory(), ids[5], true, true), Err(DeleteRefusal::Pinned(ids[6])));
     world.pins.clear();
