@@ -15,7 +15,8 @@
 //!   all WAL from the oldest of them on. Storage snapshots count in the same way, for themselves: whether the storage still
 //!   has them isn't known here, so that none stands in for a backup.
 //! - **What is pinned stays**, with what it builds on and the WAL to its own end. WAL that leads on from there goes.
-//! - **A backup that is broken** never stands in for one that isn't, and goes when its time has come like any other.
+//! - **A backup that is broken** never stands in for one that isn't, and goes when its time has come like any other. One
+//!   with damaged pages, or that builds on such a one, stays as its time demands, and never in the place of a clean one.
 //!
 //! Which of two backups is the later one on a way is told by the WAL. When one was complete is told by two clocks, of
 //! which the later counts: the server's, and the store's.
@@ -158,6 +159,8 @@ struct Start {
     complete: Timestamp,
     /// Whether all of it is there, with the WAL to its end.
     restorable: bool,
+    /// Whether it's restorable, and neither it nor what it builds on found damaged pages in the database.
+    clean: bool,
     full: bool,
 }
 
@@ -299,21 +302,25 @@ impl Way<'_> {
         let mut on: Vec<&Start> = starts.iter().filter(|start| history.contains(start.timeline, start.stop)).collect();
         on.sort_by_key(|start| (start.stop, start.name));
         let any_restorable = on.iter().any(|start| start.restorable);
-        let before = |start: &&&Start| start.restorable && start.complete <= self.begin;
-        let first = on.iter().rev().find(before).map(|start| start.name);
-        let fulls = on.iter().rev().filter(|start| start.full && start.restorable);
-        let fulls: BTreeSet<Name> = fulls.take(self.policy.redundancy.count()).map(|start| start.name).collect();
+        // One with damaged pages stays where its time demands it, and a clean one beside it.
+        let (mut first, mut fulls) = (BTreeSet::new(), BTreeSet::new());
+        for counts in [|start: &Start| start.restorable, |start: &Start| start.clean] {
+            let counting = || on.iter().rev().filter(|start| counts(start));
+            first.extend(counting().find(|start| start.complete <= self.begin).map(|start| start.name));
+            let newest = counting().filter(|start| start.full).take(self.policy.redundancy.count());
+            fulls.extend(newest.map(|start| start.name));
+        }
         let mut kept = Vec::new();
         for start in &on {
             let said = [
                 (start.complete > self.begin, Reason::Window),
-                (first == Some(start.name), Reason::WindowBegin),
+                (first.contains(&start.name), Reason::WindowBegin),
                 (fulls.contains(&start.name), Reason::Redundancy),
                 (!any_restorable, Reason::NothingBetter),
             ];
             kept.extend(said.into_iter().filter(|(applies, _)| *applies).map(|(_, reason)| (start.name, reason)));
         }
-        KeptOnWay { kept, any_restorable, reaches_begin: first.is_some() }
+        KeptOnWay { kept, any_restorable, reaches_begin: !first.is_empty() }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Inventory, Unreadable};
+use super::{Inventory, Start, Unreadable};
 use crate::{BackupId, BackupRecord};
 
 /// Why a backup isn't deleted.
@@ -30,8 +30,8 @@ pub enum DeleteRefusal {
     /// Somebody wants to keep it.
     #[error("backup {0} is pinned")]
     Pinned(BackupId),
-    /// Nothing could be restored any more.
-    #[error("no other backup can be restored")]
+    /// Nothing could be restored any more, or nothing without damaged pages.
+    #[error("no other backup can be restored, or none without damaged pages")]
     LastOne,
 }
 
@@ -58,7 +58,7 @@ fn list(ids: &[BackupId]) -> String {
 ///
 /// # Errors
 /// [`DeleteRefusal`] if a record can't be read that may need it, if others build on it and don't go along (`cascade`), if one of them is pinned, or, without `force`,
-/// if none would be left that can be restored although one can be now.
+/// if none would be left that can be restored, or none without damaged pages, although there is one now.
 pub fn may_delete(
     inventory: &Inventory,
     backup: BackupId,
@@ -89,11 +89,13 @@ pub fn may_delete(
         let dependents = going.into_iter().filter(|id| *id != backup).collect();
         return Err(DeleteRefusal::BuiltOn { backup, dependents });
     }
-    let restorable = |record: &&BackupRecord| inventory.backup_start(record).restorable;
-    let (gone, left): (Vec<_>, Vec<_>) =
-        records.iter().filter(restorable).partition(|record| going.contains(&record.id));
-    if !force && left.is_empty() && !gone.is_empty() {
-        return Err(DeleteRefusal::LastOne);
+    let (gone, left): (Vec<_>, Vec<_>) = records.iter().partition(|record| going.contains(&record.id));
+    // One with damaged pages doesn't stand in for a clean one.
+    for counts in [|start: &Start| start.restorable, |start: &Start| start.clean] {
+        let any = |of: &[&BackupRecord]| of.iter().any(|record| counts(&inventory.backup_start(record)));
+        if !force && any(&gone) && !any(&left) {
+            return Err(DeleteRefusal::LastOne);
+        }
     }
     Ok(going.into_iter().rev().collect())
 }

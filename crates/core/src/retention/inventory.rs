@@ -167,6 +167,11 @@ impl Inventory {
             .then(|| "can't be restored: WAL is missing that it needs".to_owned())
     }
 
+    /// Whether neither a backup nor anything that it builds on has damaged pages.
+    fn is_clean(&self, record: &BackupRecord) -> bool {
+        chain(record, &self.backups).is_ok_and(|links| links.iter().all(|link| link.damaged.is_empty()))
+    }
+
     /// Whether all WAL from a position of a timeline to another is there.
     fn holds(&self, timeline: TimelineId, start: crate::Lsn, stop: crate::Lsn) -> bool {
         let (first, last) = (self.size.segment_number(start), self.size.previous_segment_number(stop));
@@ -175,25 +180,29 @@ impl Inventory {
 
     pub(super) fn backup_start(&self, record: &BackupRecord) -> Start {
         let stored_at = self.facts.get(&record.id).map(|facts| facts.stored_at);
+        let restorable = self.why_not_restorable(record).is_none();
         Start {
             name: Name::Backup(record.id),
             timeline: record.timeline,
             start: record.start_lsn,
             stop: record.stop_lsn,
             complete: record.stopped_at.max(stored_at.unwrap_or(record.stopped_at)),
-            restorable: self.why_not_restorable(record).is_none(),
+            restorable,
+            clean: restorable && self.is_clean(record),
             full: record.id.kind() == BackupKind::Full,
         }
     }
 
     pub(super) fn snapshot_start(&self, record: &SnapshotRecord) -> Start {
+        let restorable = self.holds(record.timeline, record.start_lsn, record.stop_lsn);
         Start {
             name: Name::Snapshot(record.id),
             timeline: record.timeline,
             start: record.start_lsn,
             stop: record.stop_lsn,
             complete: record.stopped_at,
-            restorable: self.holds(record.timeline, record.start_lsn, record.stop_lsn),
+            restorable,
+            clean: restorable,
             full: true,
         }
     }

@@ -345,3 +345,42 @@ fn a_backup_whose_server_s_clock_was_behind_is_no_older_for_that() {
     let planned = plan(&world.inventory(), &policy(2, 1), at(now)).unwrap();
     assert_eq!(planned.backups_to_remove(), [world.backups[0].id]);
 }
+
+/// The world in which these of its backups found damaged pages.
+fn with_damaged_pages(world: &World, which: &[usize]) -> World {
+    let mut world = world.clone();
+    for at in which {
+        let file = crate::backup::DamagedFile { path: "base/5/1".into(), relation: None, blocks: vec![1], count: 1 };
+        world.backups[*at].damaged.push(file);
+    }
+    world
+}
+
+#[test]
+fn a_backup_with_damaged_pages_never_stands_in_for_a_clean_one() {
+    let (world, now) = a_month(30);
+    let ids: Vec<BackupId> = world.backups.iter().map(|backup| backup.id).collect();
+    let why = |planned: &RetentionPlan, at: usize| planned.backups[at].kept.clone();
+    // The window begins behind backup 25, of the chain that begins with 21.
+    let clean = plan(&world.inventory(), &policy(24 * 4, 2), at(now)).unwrap();
+    let first = clean.backups.iter().position(|backup| backup.kept.contains(&Reason::WindowBegin)).unwrap();
+    assert!((22..28).contains(&first), "{clean:#?}");
+    assert_eq!((why(&clean, 21).contains(&Reason::Redundancy), why(&clean, 14)), (true, vec![]));
+    // With damage in it, the last clean one before it leads there as well, and redundancy goes back further.
+    let damaged = with_damaged_pages(&world, &[21]);
+    let planned = plan(&damaged.inventory(), &policy(24 * 4, 2), at(now)).unwrap();
+    assert!(why(&planned, first).contains(&Reason::WindowBegin) && why(&planned, 21).contains(&Reason::Redundancy));
+    assert_eq!(why(&planned, 20), [Reason::WindowBegin]);
+    assert_eq!(why(&planned, 14), [Reason::Redundancy, Reason::BuiltOnBy(ids[15])]);
+    assert_eq!(planned.backups_to_remove().len(), 14);
+    // Where none is clean, what there is has to do.
+    let damaged = with_damaged_pages(&world, &[0, 7, 14, 21]);
+    let planned = plan(&damaged.inventory(), &policy(24 * 4, 2), at(now)).unwrap();
+    assert_eq!(planned.backups_to_remove(), clean.backups_to_remove());
+    // Nor when somebody names the clean one.
+    let two_weeks = World { backups: world.backups[..14].to_vec(), ..world };
+    let damaged = with_damaged_pages(&two_weeks, &[0]);
+    assert_eq!(may_delete(&two_weeks.inventory(), ids[7], true, false).unwrap().len(), 7);
+    assert_eq!(may_delete(&damaged.inventory(), ids[7], true, false), Err(DeleteRefusal::LastOne));
+    assert_eq!(may_delete(&damaged.inventory(), ids[0], true, false).unwrap().len(), 7);
+}
