@@ -153,7 +153,10 @@ impl Gathered {
                 for listed in page.objects {
                     match layout.parse(&listed.key) {
                         Some(RepositoryObject::Snapshot(id)) => match repository.snapshot(id).await {
-                            Ok(record) => self.inventory.snapshots.extend(record),
+                            Ok(record) => {
+                                self.inventory.snapshots_stored.insert(id, listed.modified);
+                                self.inventory.snapshots.extend(record);
+                            }
                             Err(failure) => self.unreadable(format!("the record of snapshot {id}"), failure)?,
                         },
                         Some(RepositoryObject::Pin(id)) => {

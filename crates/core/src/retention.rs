@@ -19,7 +19,7 @@
 //!   with damaged pages, or that builds on such a one, stays as its time demands, and never in the place of a clean one.
 //!
 //! Which of two backups is the later one on a way is told by the WAL. When one was complete is told by two clocks, of
-//! which the later counts: the server's, and the store's.
+//! which the later counts: the server's, and the store's. The server's is believed up to a day ahead of the store's.
 
 mod delete;
 mod dumps;

@@ -2,13 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::{Name, Reason, Reasons, Start};
 use crate::{
-    ArchivedWal, BackupId, BackupKind, BackupRecord, DumpId, SegmentName, SnapshotRecord, TimelineHistory, TimelineId,
-    WalSegmentSize, chain::chain,
+    ArchivedWal, BackupId, BackupKind, BackupRecord, DumpId, SegmentName, SnapshotId, SnapshotRecord, TimelineHistory,
+    TimelineId, WalSegmentSize, chain::chain,
 };
+
+/// How far a server's clock is believed to be ahead of the store's.
+const MOST_AHEAD: SignedDuration = SignedDuration::from_hours(24);
 
 /// What a repository holds of a database system.
 #[derive(Clone, Debug)]
@@ -21,6 +24,8 @@ pub struct Inventory {
     pub facts: BTreeMap<BackupId, BackupFacts>,
     /// All complete snapshots.
     pub snapshots: Vec<SnapshotRecord>,
+    /// When the record of each of them was stored, by the store's clock.
+    pub snapshots_stored: BTreeMap<SnapshotId, Timestamp>,
     /// All timeline histories.
     pub histories: Vec<TimelineHistory>,
     /// What there is of each timeline's WAL.
@@ -80,6 +85,14 @@ impl TimelineStock {
     }
 }
 
+/// When something was complete whose record was stored then: by the later of the server's clock and the store's. A server's
+/// that was far ahead of the store's was wrong: by it, something would be young for as long as it was ahead.
+fn complete(stopped_at: Timestamp, stored_at: Option<Timestamp>) -> Timestamp {
+    let Some(stored_at) = stored_at else { return stopped_at };
+    let latest = stored_at.checked_add(MOST_AHEAD).unwrap_or(Timestamp::MAX);
+    stopped_at.clamp(stored_at, latest)
+}
+
 impl Inventory {
     /// Nothing, of a system with segments of this size.
     pub fn empty(size: WalSegmentSize) -> Inventory {
@@ -88,6 +101,7 @@ impl Inventory {
             backups: Vec::new(),
             facts: BTreeMap::new(),
             snapshots: Vec::new(),
+            snapshots_stored: BTreeMap::new(),
             histories: Vec::new(),
             wal: BTreeMap::new(),
             pins: BTreeSet::new(),
@@ -186,7 +200,7 @@ impl Inventory {
             timeline: record.timeline,
             start: record.start_lsn,
             stop: record.stop_lsn,
-            complete: record.stopped_at.max(stored_at.unwrap_or(record.stopped_at)),
+            complete: complete(record.stopped_at, stored_at),
             restorable,
             clean: restorable && self.is_clean(record),
             full: record.id.kind() == BackupKind::Full,
@@ -200,7 +214,7 @@ impl Inventory {
             timeline: record.timeline,
             start: record.start_lsn,
             stop: record.stop_lsn,
-            complete: record.stopped_at,
+            complete: complete(record.stopped_at, self.snapshots_stored.get(&record.id).copied()),
             restorable,
             clean: restorable,
             full: true,

@@ -384,3 +384,38 @@ fn a_backup_with_damaged_pages_never_stands_in_for_a_clean_one() {
     assert_eq!(may_delete(&damaged.inventory(), ids[7], true, false), Err(DeleteRefusal::LastOne));
     assert_eq!(may_delete(&damaged.inventory(), ids[0], true, false).unwrap().len(), 7);
 }
+
+#[test]
+fn a_server_s_clock_that_was_far_ahead_makes_nothing_younger_than_a_day() {
+    let backup = |clock_behind| Event::Backup { server: 0, kind: 0, segments: 0, clock_behind };
+    let write = Event::Write { server: 0, segments: 1 };
+    let quiet = Event::Quiet { hours: 72 };
+    let (world, now) =
+        World::simulate(&[backup(0), quiet.clone(), backup(-24 * 365), quiet.clone(), backup(0), quiet, write]);
+    let planned = plan(&world.inventory(), &policy(48, 1), at(now)).unwrap();
+    // By its own clock the second one would be within the window for a year, and the newest one: none would lead there.
+    assert_eq!(planned.backups_to_remove(), [world.backups[1].id, world.backups[0].id]);
+    assert_eq!(planned.backups[2].kept, [Reason::WindowBegin, Reason::Redundancy]);
+}
+
+#[test]
+fn a_snapshot_is_as_young_as_the_later_of_its_clocks() {
+    let (world, now) = World::simulate(&[Event::Write { server: 0, segments: 200 }]);
+    let taken = |number: u64, by_the_server: i64| SnapshotRecord {
+        id: SnapshotId::new(at(i64::try_from(number).unwrap() * 600)),
+        timeline: tli(1),
+        start_lsn: sample::lsn(number),
+        stop_lsn: sample::lsn(number + 1),
+        stopped_at: at(by_the_server),
+        wal_segment_size: SIZE,
+        ..snapshot()
+    };
+    // The window begins with segment 170. The second one's server had a clock that was ten hours behind.
+    let (old, young) = (taken(100, 60_000), taken(180, 180 * 600 - 36_000));
+    let mut inventory = world.inventory();
+    inventory.snapshots = vec![old.clone(), young.clone()];
+    let removed = |inventory: &Inventory| plan(inventory, &policy(5, 1), at(now)).unwrap().snapshots_to_remove();
+    assert_eq!(removed(&inventory), [old.id]);
+    inventory.snapshots_stored = [(old.id, at(60_010)), (young.id, at(180 * 600 + 10))].into();
+    assert_eq!(removed(&inventory), [], "the second one doesn't reach the beginning of the window");
+}
