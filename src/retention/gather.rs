@@ -1,7 +1,7 @@
 //! Looking through a repository for what retention has to know. The listings are read page by page: memory depends on
 //! the number of backups, timelines and gaps, not on that of the segments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use pgsidecar_core::{
@@ -23,6 +23,8 @@ pub(super) struct Gathered {
     pub(super) backup_bytes: BTreeMap<BackupId, u64>,
     /// Bytes that each dump takes, complete or not.
     pub(super) dump_bytes: BTreeMap<DumpId, u64>,
+    /// Backups of which there are parts and no record.
+    without_record: BTreeSet<BackupId>,
     pub(super) foreign_objects: u64,
     pub(super) measured: [(Kind, Measured); 4],
 }
@@ -76,6 +78,7 @@ pub(super) async fn gather(repository: &Repository, now: Timestamp) -> Result<Ga
         inventory: Inventory::empty(size),
         backup_bytes: BTreeMap::new(),
         dump_bytes: BTreeMap::new(),
+        without_record: BTreeSet::new(),
         foreign_objects: 0,
         measured: Kind::ALL.map(|kind| (kind, Measured::new(now))),
     };
@@ -127,6 +130,9 @@ impl Gathered {
         self.backup_bytes.insert(id, listed.bytes);
         let Some(stored_at) = listed.record else {
             self.inventory.unfinished.insert(id, listed.newest);
+            if !listed.parts.is_empty() {
+                self.without_record.insert(id);
+            }
             return Ok(());
         };
         let kind = if id.kind() == BackupKind::Full { Kind::Full } else { Kind::Incremental };
@@ -138,8 +144,12 @@ impl Gathered {
                 self.inventory.backups.push(record);
                 Ok(())
             }
-            // Another prune has removed it since.
-            Ok(None) => Ok(()),
+            // Another prune may have removed it since. Or the store has lost it, or shows a stale listing.
+            Ok(None) => {
+                let why = "it was listed, and isn't there".to_owned();
+                self.inventory.unreadable.push(Unreadable { what: format!("the record of backup {id}"), why });
+                Ok(())
+            }
             Err(failure) => self.unreadable(format!("the record of backup {id}"), failure),
         }
     }
@@ -167,6 +177,11 @@ impl Gathered {
                     }
                 }
             }
+        }
+        // Only what was complete is pinned: its record was lost, or a removal was broken off.
+        for id in self.inventory.pins.intersection(&self.without_record) {
+            let why = "it isn't there, but its parts are, and it's pinned".to_owned();
+            self.inventory.unreadable.push(Unreadable { what: format!("the record of backup {id}"), why });
         }
         let complete: Vec<DumpId> = self.inventory.dumps.iter().copied().collect();
         for id in complete {

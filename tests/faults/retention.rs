@@ -198,6 +198,12 @@ async fn nothing_goes_when_the_newest_backup_is_damaged_or_a_record_can_not_be_r
         assert_eq!((failure.code, past.ids().await.len()), (Code::Damaged, 5), "{failure}");
     }
 
+    // A pin says that there was one.
+    let past = Past::new(1).await;
+    past.put(&RepositoryObject::Pin(past.id(1)), 1).await;
+    std::fs::remove_file(past.path(&past.repository.layout().backup(past.id(1), BackupObject::Record))).unwrap();
+    assert!(refused(&past).await.contains("it's pinned"));
+
     let past = Past::new(1).await;
     let mut record = past.repository.backup(newest(&past)).await.unwrap().unwrap();
     record.damaged.push(DamagedFile { path: "base/5/1".into(), relation: None, blocks: vec![1], count: 1 });
@@ -261,12 +267,13 @@ async fn without_a_policy_nothing_is_removed() {
     assert_eq!((pruned.removed.dumps.len(), pruned.removed.backups.len(), pruned.removed.wal_files), (4, 0, 0));
 }
 
-/// A store on which something happens at the first deletion of a key.
+/// A store on which something happens at the first deletion of a key, or that lists one and then hasn't it.
 #[derive(Debug)]
 struct Meanwhile {
     beneath: LocalStore,
     at: ObjectKey,
     put: Mutex<Vec<(ObjectKey, Vec<u8>)>>,
+    lost: Option<ObjectKey>,
 }
 
 #[async_trait::async_trait]
@@ -303,7 +310,7 @@ impl Store for Meanwhile {
     }
 
     async fn get(&self, key: &ObjectKey, range: ByteRange) -> Result<Option<Download>, StoreError> {
-        self.beneath.get(key, range).await
+        if self.lost.as_ref() == Some(key) { Ok(None) } else { self.beneath.get(key, range).await }
     }
 
     async fn list(&self, request: &ListRequest) -> Result<ListPage, StoreError> {
@@ -338,7 +345,8 @@ async fn what_is_pinned_or_built_on_while_it_is_removed_is_put_back() {
         } else {
             (layout.key(&RepositoryObject::Pin(past.id(1))), b"{}".to_vec())
         };
-        let store = Meanwhile { beneath: past.beneath(), at: marker, put: Mutex::new(vec![(key, content)]) };
+        let store =
+            Meanwhile { beneath: past.beneath(), at: marker, put: Mutex::new(vec![(key, content)]), lost: None };
         let repository = Repository::new(Arc::new(store), layout, 1);
         let pruned = prune(&repository, &policy("12d"), Timestamp::now(), false).await;
         match pruned {
@@ -399,4 +407,17 @@ async fn a_timeline_that_was_given_up_leaves_its_history_and_misleads_no_restore
     past.put(&RepositoryObject::Tail(segment, "0123456789abcdef".into()), 29).await;
     assert_eq!(latest().await.0, timeline);
     assert_eq!(past.prune("12d").await.unwrap().removed.wal_files, 0);
+}
+
+#[tokio::test]
+async fn nothing_goes_when_a_record_is_listed_and_then_is_not_there() {
+    let past = Past::new(1).await;
+    let before = past.keys().await;
+    let layout = past.repository.layout().clone();
+    let lost = layout.backup(past.id(10), BackupObject::Record);
+    let at = lost.clone();
+    let store = Meanwhile { beneath: past.beneath(), at, put: Mutex::default(), lost: Some(lost) };
+    let repository = Repository::new(Arc::new(store), layout, 1);
+    let failure = prune(&repository, &policy("12d"), Timestamp::now(), false).await.unwrap_err();
+    assert_eq!((failure.code, past.keys().await), (Code::Damaged, before), "{failure}");
 }
