@@ -25,6 +25,8 @@ pub(super) struct Gathered {
     pub(super) dump_bytes: BTreeMap<DumpId, u64>,
     /// Backups of which there are parts and no record.
     without_record: BTreeSet<BackupId>,
+    /// Dumps of which there is a record.
+    recorded_dumps: BTreeSet<DumpId>,
     pub(super) foreign_objects: u64,
     pub(super) measured: [(Kind, Measured); 4],
 }
@@ -79,6 +81,7 @@ pub(super) async fn gather(repository: &Repository, now: Timestamp) -> Result<Ga
         backup_bytes: BTreeMap::new(),
         dump_bytes: BTreeMap::new(),
         without_record: BTreeSet::new(),
+        recorded_dumps: BTreeSet::new(),
         foreign_objects: 0,
         measured: Kind::ALL.map(|kind| (kind, Measured::new(now))),
     };
@@ -183,11 +186,22 @@ impl Gathered {
             let why = "it isn't there, but its parts are, and it's pinned".to_owned();
             self.inventory.unreadable.push(Unreadable { what: format!("the record of backup {id}"), why });
         }
-        let complete: Vec<DumpId> = self.inventory.dumps.iter().copied().collect();
-        for id in complete {
+        for id in std::mem::take(&mut self.recorded_dumps) {
             self.inventory.unfinished_dumps.remove(&id);
             let bytes = self.dump_bytes.get(&id).copied().unwrap_or(0);
             self.measure(Kind::Dumps, bytes, id.began());
+            let unreadable = match repository.dump(id).await {
+                Ok(Some(record)) => {
+                    let databases = record.databases.into_iter().map(|database| database.name).collect();
+                    self.inventory.dumps.insert(id, databases);
+                    continue;
+                }
+                Ok(None) => "it was listed, and isn't there".to_owned(),
+                Err(failure) if failure.code == Code::Damaged => failure.message,
+                Err(failure) => return Err(failure),
+            };
+            let what = format!("the record of dump {id}");
+            self.inventory.unreadable_dumps.push(Unreadable { what, why: unreadable });
         }
         Ok(())
     }
@@ -195,7 +209,7 @@ impl Gathered {
     fn dump(&mut self, id: DumpId, object: &DumpObject, listed: &ListedObject) {
         *self.dump_bytes.entry(id).or_default() += listed.size;
         if *object == DumpObject::Record {
-            self.inventory.dumps.insert(id);
+            self.recorded_dumps.insert(id);
         }
         let newest = self.inventory.unfinished_dumps.entry(id).or_insert(listed.modified);
         *newest = listed.modified.max(*newest);

@@ -421,3 +421,21 @@ async fn nothing_goes_when_a_record_is_listed_and_then_is_not_there() {
     let failure = prune(&repository, &policy("12d"), Timestamp::now(), false).await.unwrap_err();
     assert_eq!((failure.code, past.keys().await), (Code::Damaged, before), "{failure}");
 }
+
+#[tokio::test]
+async fn a_dump_that_can_not_be_read_keeps_all_and_one_of_fewer_databases_pushes_none_out() {
+    let past = Past::new(1).await;
+    // Newer ones, without the database that all others have.
+    for day in [26, 27, 28] {
+        past.record_dump(day, &["other"], 0).await;
+    }
+    let unreadable =
+        past.path(&past.repository.layout().key(&RepositoryObject::Dump(past.dump(29), DumpObject::Record)));
+    past.record_dump(29, &["other"], 1).await;
+    let pruned = past.prune("12d").await.unwrap();
+    assert_eq!((pruned.removed.dumps, pruned.removed.wal_files), (vec![], 10));
+    assert!(pruned.plan.unreadable_dumps[0].why.contains("format"), "{:?}", pruned.plan.unreadable_dumps);
+    std::fs::remove_file(unreadable).unwrap();
+    let removed = past.prune("12d").await.unwrap().removed.dumps;
+    assert_eq!(removed, [0, 5, 10, 15, 26].map(|day| past.dump(day)));
+}

@@ -98,6 +98,8 @@ pub struct RetentionPlan {
     pub remains: Vec<BackupId>,
     /// Dumps that were never completed, and that nobody works at any more.
     pub dump_remains: Vec<DumpId>,
+    /// Records of dumps that can't be read: while there are such, no dump goes that the policy would have go.
+    pub unreadable_dumps: Vec<Unreadable>,
     #[serde(skip)]
     dumps_are_counted: bool,
 }
@@ -230,14 +232,16 @@ pub fn plan(inventory: &Inventory, policy: &Policy, now: Timestamp) -> Result<Re
     let mut snapshots: Vec<Decision<SnapshotId, Reason>> =
         inventory.snapshots.iter().map(|s| Decision { id: s.id, kept: decide(Name::Snapshot(s.id)) }).collect();
     snapshots.sort_by_key(|snapshot| snapshot.id);
-    let mut kept_dumps = policy.dumps.map(|counts| dumps::kept(&inventory.dumps, &counts)).unwrap_or_default();
+    let mut kept_dumps = policy.dumps.map(|counts| dumps::kept(&inventory.dumps, &counts, now)).unwrap_or_default();
+    // Without a policy nothing goes by them anyway.
+    let unreadable_dumps = policy.dumps.map(|_| inventory.unreadable_dumps.clone()).unwrap_or_default();
     let abandoned = |last: Timestamp| window_end.duration_since(last) > UNDER_WAY;
     Ok(RetentionPlan {
         window_end,
         window_begin,
         backups: decided,
         snapshots,
-        dumps: (inventory.dumps.iter())
+        dumps: (inventory.dumps.keys())
             .map(|id| Decision { id: *id, kept: kept_dumps.remove(id).unwrap_or_default() })
             .collect(),
         timelines: (inventory.timelines().into_iter()).map(|timeline| needs.plan(timeline, inventory)).collect(),
@@ -248,7 +252,8 @@ pub fn plan(inventory: &Inventory, policy: &Policy, now: Timestamp) -> Result<Re
             .filter(|(_, last)| abandoned(**last))
             .map(|(id, _)| *id)
             .collect(),
-        dumps_are_counted: policy.dumps.is_some(),
+        dumps_are_counted: policy.dumps.is_some() && unreadable_dumps.is_empty(),
+        unreadable_dumps,
     })
 }
 

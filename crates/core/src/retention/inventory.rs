@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
 
 use super::{Name, Reason, Reasons, Start};
 use crate::{
     ArchivedWal, BackupId, BackupKind, BackupRecord, DumpId, SegmentName, SnapshotId, SnapshotRecord, TimelineHistory,
-    TimelineId, WalSegmentSize, chain::chain,
+    TimelineId, WalSegmentSize, chain::chain, dump::DatabaseName,
 };
 
 /// How far a server's clock is believed to be ahead of the store's.
@@ -32,8 +33,10 @@ pub struct Inventory {
     pub wal: BTreeMap<TimelineId, TimelineStock>,
     /// The backups that somebody wants to keep.
     pub pins: BTreeSet<BackupId>,
-    /// All complete dumps.
-    pub dumps: BTreeSet<DumpId>,
+    /// All complete dumps whose records can be read, with the databases that are in them.
+    pub dumps: BTreeMap<DumpId, BTreeSet<DatabaseName>>,
+    /// Records of dumps that can't be read.
+    pub unreadable_dumps: Vec<Unreadable>,
     /// Backups that aren't complete, with the time at which the last object of each was stored.
     pub unfinished: BTreeMap<BackupId, Timestamp>,
     /// The same for dumps.
@@ -43,7 +46,7 @@ pub struct Inventory {
 }
 
 /// An object that can't be read, and why.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Unreadable {
     /// What it is, for people.
     pub what: String,
@@ -105,7 +108,8 @@ impl Inventory {
             histories: Vec::new(),
             wal: BTreeMap::new(),
             pins: BTreeSet::new(),
-            dumps: BTreeSet::new(),
+            dumps: BTreeMap::new(),
+            unreadable_dumps: Vec::new(),
             unfinished: BTreeMap::new(),
             unfinished_dumps: BTreeMap::new(),
             unreadable: Vec::new(),
