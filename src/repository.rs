@@ -554,7 +554,9 @@ impl Repository {
     pub async fn catalog(&self) -> Result<Catalog, Failure> {
         let histories = self.histories().await?;
         let restore_points = self.restore_points().await?;
-        Ok(Catalog { backups: self.backups().await?, histories, restore_points })
+        let backups = self.backups().await?;
+        let begun_only = self.begun_only(&histories, backups.iter().map(|backup| backup.timeline).collect()).await?;
+        Ok(Catalog { backups, histories, begun_only, restore_points })
     }
 }
 

@@ -75,7 +75,8 @@ pub struct DeleteArgs {
 /// Prunes.
 ///
 /// # Errors
-/// What went wrong. That the store refused some is a result: the exit code tells it.
+/// What went wrong. That the store refused some, or that dumps stay because a record can't be read, is a result: the exit
+/// code tells it.
 pub async fn run(settings: &Settings, args: PruneArgs) -> Result<ExitCode, Failure> {
     let work = settings.work()?;
     let repository = open_repository(work, &args.system).await?;
@@ -86,7 +87,8 @@ pub async fn run(settings: &Settings, args: PruneArgs) -> Result<ExitCode, Failu
         print(&pruned)?;
     }
     Ok(match pruned.refused.objects {
-        0 => ExitCode::SUCCESS,
+        0 if pruned.plan.unreadable_dumps.is_empty() => ExitCode::SUCCESS,
+        0 => ExitCode::from(Code::Damaged.exit_code()),
         _ => ExitCode::from(Code::StoreDenied.exit_code()),
     })
 }
@@ -164,6 +166,9 @@ fn print(pruned: &Pruned) -> Result<(), Failure> {
             "HINT: These credentials may not delete, or the bucket keeps what it has for a time (object lock). The next prune tries again.",
         )?;
     }
+    for unreadable in &plan.unreadable_dumps {
+        output::print_line(&format!("All dumps stay: {} can't be read: {}", unreadable.what, unreadable.why))?;
+    }
     match pruned.foreign_objects {
         0 => Ok(()),
         some => output::print_line(&format!("Left     {some} objects that aren't pgsidecar's")),
@@ -213,5 +218,6 @@ fn dump_reason(reason: DumpReason) -> &'static str {
         DumpReason::Weekly => "of its week",
         DumpReason::Monthly => "of its month",
         DumpReason::Yearly => "of its year",
+        DumpReason::Ahead => "of a time that hasn't come",
     }
 }

@@ -4,10 +4,10 @@
 //! between the two, the newest timeline can't be reached by whole segments. Somebody who restores by hand is told so,
 //! and chooses; a volume that heals itself has to choose by itself: what a stopped server kept of that segment (its
 //! tail) leads to the newest timeline all the same. Where there is none, nothing of that timeline ever reached the
-//! repository, and the one before it is the end of everything that did.
+//! repository, and every plan passes it over: the one before it is the end of everything that did.
 
 use pgsidecar_core::{
-    SegmentName, TimelineHistory, TimelineId,
+    SegmentName, TimelineHistory,
     plan::{RestorePlan, RestoreRequest},
     recovery::RecoveryTarget,
 };
@@ -40,7 +40,7 @@ pub async fn plan(repository: &Repository) -> Result<RestorePlan, Failure> {
     timelines.sort_unstable();
     let mut newest: Option<OnlyTail> = None;
     while let Some(timeline) = timelines.pop() {
-        if has_segments(repository, timeline).await? {
+        if repository.has_segments(timeline).await? {
             let Ok(mut plan) = restore::plan(repository, all(Some(timeline))).await else { return Err(unreachable) };
             if let Some(OnlyTail { history, first }) = newest
                 && history.contains(plan.backup.timeline, plan.backup.stop_lsn)
@@ -62,14 +62,4 @@ pub async fn plan(repository: &Repository) -> Result<RestorePlan, Failure> {
         }
     }
     Err(unreachable)
-}
-
-async fn has_segments(repository: &Repository, timeline: TimelineId) -> Result<bool, Failure> {
-    let mut listing = repository.list_wal(Some(timeline));
-    while let Some(page) = listing.next().await? {
-        if page.iter().any(|listed| listed.segment().is_some()) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }

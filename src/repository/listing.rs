@@ -1,6 +1,10 @@
 //! Walking through the WAL of a repository, page by page.
 
-use pgsidecar_core::{ArchiveFileName, Lsn, SegmentName, TimelineId, layout::RepositoryObject, plan::WalScan};
+use std::collections::BTreeSet;
+
+use pgsidecar_core::{
+    ArchiveFileName, Lsn, SegmentName, TimelineHistory, TimelineId, layout::RepositoryObject, plan::WalScan,
+};
 
 use super::{ClusterRecord, Repository};
 use crate::{
@@ -58,6 +62,43 @@ impl Repository {
         let after = first_key.as_str().strip_suffix(".zst").unwrap_or(first_key.as_str()).to_owned();
         let request = ListRequest::under(self.layout.timeline_prefix(first.timeline())).after(after);
         WalListing { repository: self, pages: Pages::new(&*self.store, request) }
+    }
+
+    /// Whether there is a segment of this timeline.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn has_segments(&self, timeline: TimelineId) -> Result<bool, Failure> {
+        let mut listing = self.list_wal(Some(timeline));
+        while let Some(page) = listing.next().await? {
+            if page.iter().any(|listed| listed.segment().is_some()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Those of these timelines of which there is nothing but the history; those that are `backed_up` aren't looked at.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn begun_only(
+        &self,
+        histories: &[TimelineHistory],
+        backed_up: BTreeSet<TimelineId>,
+    ) -> Result<BTreeSet<TimelineId>, Failure> {
+        let mut begun_only = BTreeSet::new();
+        for timeline in histories.iter().map(TimelineHistory::timeline).filter(|timeline| !backed_up.contains(timeline))
+        {
+            let tails = ListRequest { limit: 1, ..ListRequest::under(self.layout.tails_prefix(timeline)) };
+            if !self.has_segments(timeline).await? && self.store.list(&tails).await?.objects.is_empty() {
+                tracing::info!(
+                    "timeline {timeline} was begun, and there is nothing else of it: only who names it gets there"
+                );
+                begun_only.insert(timeline);
+            }
+        }
+        Ok(begun_only)
     }
 
     /// Lists WAL into a scan, until it `reaches` a point or the archive ends.

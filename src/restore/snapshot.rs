@@ -20,7 +20,7 @@
 //! write the names of WAL again that are in the archive.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, OpenOptions},
     io::{self, Read},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, symlink},
@@ -59,7 +59,9 @@ pub async fn plan(repository: &Repository, id: SnapshotId, request: RestoreReque
             .hint("'pgsidecar snapshot list' shows them. One that was not ended in time must not be used.")
     })?;
     let RestoreRequest { target, timeline, inclusive, .. } = request;
-    let selection = select_for_snapshot(snapshot, repository.histories().await?, &target, timeline)?;
+    let histories = repository.histories().await?;
+    let begun_only = repository.begun_only(&histories, BTreeSet::from([snapshot.timeline])).await?;
+    let selection = select_for_snapshot(snapshot, histories, begun_only, &target, timeline)?;
     let (history, size, range) = {
         let snapshot = &selection.snapshot;
         (selection.history.clone(), snapshot.wal_segment_size, (snapshot.start_lsn, snapshot.stop_lsn))

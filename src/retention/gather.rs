@@ -1,7 +1,7 @@
 //! Looking through a repository for what retention has to know. The listings are read page by page: memory depends on
 //! the number of backups, timelines and gaps, not on that of the segments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use pgsidecar_core::{
@@ -23,6 +23,10 @@ pub(super) struct Gathered {
     pub(super) backup_bytes: BTreeMap<BackupId, u64>,
     /// Bytes that each dump takes, complete or not.
     pub(super) dump_bytes: BTreeMap<DumpId, u64>,
+    /// Backups of which there are parts and no record.
+    without_record: BTreeSet<BackupId>,
+    /// Dumps of which there is a record.
+    recorded_dumps: BTreeSet<DumpId>,
     pub(super) foreign_objects: u64,
     pub(super) measured: [(Kind, Measured); 4],
 }
@@ -76,6 +80,8 @@ pub(super) async fn gather(repository: &Repository, now: Timestamp) -> Result<Ga
         inventory: Inventory::empty(size),
         backup_bytes: BTreeMap::new(),
         dump_bytes: BTreeMap::new(),
+        without_record: BTreeSet::new(),
+        recorded_dumps: BTreeSet::new(),
         foreign_objects: 0,
         measured: Kind::ALL.map(|kind| (kind, Measured::new(now))),
     };
@@ -127,6 +133,9 @@ impl Gathered {
         self.backup_bytes.insert(id, listed.bytes);
         let Some(stored_at) = listed.record else {
             self.inventory.unfinished.insert(id, listed.newest);
+            if !listed.parts.is_empty() {
+                self.without_record.insert(id);
+            }
             return Ok(());
         };
         let kind = if id.kind() == BackupKind::Full { Kind::Full } else { Kind::Incremental };
@@ -138,8 +147,12 @@ impl Gathered {
                 self.inventory.backups.push(record);
                 Ok(())
             }
-            // Another prune has removed it since.
-            Ok(None) => Ok(()),
+            // Another prune may have removed it since. Or the store has lost it, or shows a stale listing.
+            Ok(None) => {
+                let why = "it was listed, and isn't there".to_owned();
+                self.inventory.unreadable.push(Unreadable { what: format!("the record of backup {id}"), why });
+                Ok(())
+            }
             Err(failure) => self.unreadable(format!("the record of backup {id}"), failure),
         }
     }
@@ -153,7 +166,10 @@ impl Gathered {
                 for listed in page.objects {
                     match layout.parse(&listed.key) {
                         Some(RepositoryObject::Snapshot(id)) => match repository.snapshot(id).await {
-                            Ok(record) => self.inventory.snapshots.extend(record),
+                            Ok(record) => {
+                                self.inventory.snapshots_stored.insert(id, listed.modified);
+                                self.inventory.snapshots.extend(record);
+                            }
                             Err(failure) => self.unreadable(format!("the record of snapshot {id}"), failure)?,
                         },
                         Some(RepositoryObject::Pin(id)) => {
@@ -165,11 +181,27 @@ impl Gathered {
                 }
             }
         }
-        let complete: Vec<DumpId> = self.inventory.dumps.iter().copied().collect();
-        for id in complete {
+        // Only what was complete is pinned: its record was lost, or a removal was broken off.
+        for id in self.inventory.pins.intersection(&self.without_record) {
+            let why = "it isn't there, but its parts are, and it's pinned".to_owned();
+            self.inventory.unreadable.push(Unreadable { what: format!("the record of backup {id}"), why });
+        }
+        for id in std::mem::take(&mut self.recorded_dumps) {
             self.inventory.unfinished_dumps.remove(&id);
             let bytes = self.dump_bytes.get(&id).copied().unwrap_or(0);
             self.measure(Kind::Dumps, bytes, id.began());
+            let unreadable = match repository.dump(id).await {
+                Ok(Some(record)) => {
+                    let databases = record.databases.into_iter().map(|database| database.name).collect();
+                    self.inventory.dumps.insert(id, databases);
+                    continue;
+                }
+                Ok(None) => "it was listed, and isn't there".to_owned(),
+                Err(failure) if failure.code == Code::Damaged => failure.message,
+                Err(failure) => return Err(failure),
+            };
+            let what = format!("the record of dump {id}");
+            self.inventory.unreadable_dumps.push(Unreadable { what, why: unreadable });
         }
         Ok(())
     }
@@ -177,7 +209,7 @@ impl Gathered {
     fn dump(&mut self, id: DumpId, object: &DumpObject, listed: &ListedObject) {
         *self.dump_bytes.entry(id).or_default() += listed.size;
         if *object == DumpObject::Record {
-            self.inventory.dumps.insert(id);
+            self.recorded_dumps.insert(id);
         }
         let newest = self.inventory.unfinished_dumps.entry(id).or_insert(listed.modified);
         *newest = listed.modified.max(*newest);

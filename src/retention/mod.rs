@@ -13,7 +13,7 @@
 //!    week. Left behind, they are the same to the next run as those remains.
 //! 4. The records of snapshots.
 //! 5. The WAL, from the oldest on: planned anew if a backup stayed that should have gone. Histories and owners of timelines
-//!    of which nothing is left go last, so that no number of a timeline is given anew while WAL of it is there.
+//!    stay for ever: a number must not be given anew while anything may still name it, here or elsewhere.
 //! 6. Dumps: `dump.json` first, then the files.
 //!
 //! A backup that is under way needs WAL from its start on only, and there is always an older one on its timeline that keeps

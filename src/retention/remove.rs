@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pgsidecar_core::{
-    ArchiveFileName, BackupId, BackupRecord, DumpId, ObjectKey, SnapshotId,
+    BackupId, BackupRecord, DumpId, ObjectKey, SnapshotId,
     layout::{BackupObject, DumpObject, RepositoryObject},
     retention::{self, RetentionPlan},
 };
@@ -17,7 +17,7 @@ use crate::{
     backup::complete::missing_objects,
     failure::{Code, Failure},
     repository::{Repository, pins},
-    store::{ListRequest, MAX_PAGE, Pages, StoreError, StoreErrorKind},
+    store::{ListRequest, Pages, StoreError, StoreErrorKind},
 };
 
 /// How many refusals are told one by one; the others are counted.
@@ -146,13 +146,22 @@ impl<'a> Removal<'a> {
         Ok(whole)
     }
 
-    /// Which of these backups have been pinned meanwhile, or are built on by one that was completed meanwhile.
+    /// Which of these backups have been pinned meanwhile, or are built on by one that was completed meanwhile: all,
+    /// if the record of such a one can't be read.
     async fn needed_after_all(&self, unmarked: &BTreeSet<BackupId>) -> Result<BTreeSet<BackupId>, Failure> {
         let known: BTreeMap<BackupId, Option<BackupId>> =
             self.gathered.inventory.backups.iter().map(|record| (record.id, record.parent)).collect();
         let mut wanted: Vec<BackupId> = pins::list(self.repository).await?.into_iter().collect();
         for id in self.repository.backup_ids().await?.into_iter().filter(|id| !known.contains_key(id)) {
-            wanted.extend(self.repository.backup(id).await?.and_then(|record| record.parent));
+            match self.repository.backup(id).await {
+                Ok(record) => wanted.extend(record.and_then(|record| record.parent)),
+                // It may build on any of them.
+                Err(failure) if failure.code == Code::Damaged => {
+                    tracing::warn!("backup {id} has come meanwhile and can't be read: {failure}");
+                    return Ok(unmarked.clone());
+                }
+                Err(failure) => return Err(failure),
+            }
         }
         let mut needed = BTreeSet::new();
         while let Some(id) = wanted.pop() {
@@ -215,7 +224,6 @@ impl<'a> Removal<'a> {
     /// Step 5.
     pub(super) async fn wal(&mut self, plan: &RetentionPlan) -> Result<(), Failure> {
         let layout = self.repository.layout();
-        let mut last: Vec<(ObjectKey, u64)> = Vec::new();
         for prefix in [layout.all_tails_prefix(), layout.wal_prefix()] {
             let mut pages = Pages::new(self.repository.store(), ListRequest::under(prefix));
             while let Some(page) = pages.next().await? {
@@ -227,23 +235,14 @@ impl<'a> Removal<'a> {
                         RepositoryObject::PartialWal(segment, _) | RepositoryObject::Tail(segment, _) => {
                             segment.timeline()
                         }
-                        RepositoryObject::TimelineOwner(timeline) => *timeline,
                         _ => continue,
                     };
-                    if !plan.timeline(timeline).is_some_and(|timeline| timeline.removes(&object)) {
-                        continue;
+                    if plan.timeline(timeline).is_some_and(|timeline| timeline.removes(&object)) {
+                        going.push((listed.key, listed.size));
                     }
-                    let is_last = matches!(
-                        object,
-                        RepositoryObject::TimelineOwner(_) | RepositoryObject::Wal(ArchiveFileName::History(_))
-                    );
-                    if is_last { &mut last } else { &mut going }.push((listed.key, listed.size));
                 }
                 self.wal_files(&going).await?;
             }
-        }
-        for batch in last.chunks(MAX_PAGE) {
-            self.wal_files(batch).await?;
         }
         Ok(())
     }
@@ -290,7 +289,8 @@ impl<'a> Removal<'a> {
 /// Deletes a backup that somebody names, with what builds on it if `cascade`. WAL stays until the next prune.
 ///
 /// # Errors
-/// [`Code::NotFound`]; [`Code::Conflict`] if it's pinned, others build on it, or, without `force`, if no other could be
+/// [`Code::NotFound`]; [`Code::Damaged`] if a record can't be read that may need it; [`Code::Conflict`] if it's pinned,
+/// others build on it, or, without `force`, if no other could be
 /// restored; [`Code::StoreDenied`] if the store refuses; the store's.
 pub async fn delete_backup(
     repository: &Repository,
@@ -300,8 +300,11 @@ pub async fn delete_backup(
 ) -> Result<Removed, Failure> {
     let gathered = gather::gather(repository, jiff::Timestamp::now()).await?;
     let order = retention::may_delete(&gathered.inventory, id, cascade, force).map_err(|refusal| {
-        let missing = matches!(refusal, retention::DeleteRefusal::NoSuchBackup(_));
-        let code = if missing { Code::NotFound } else { Code::Conflict };
+        let code = match refusal {
+            retention::DeleteRefusal::NoSuchBackup(_) => Code::NotFound,
+            retention::DeleteRefusal::Unreadable { .. } => Code::Damaged,
+            _ => Code::Conflict,
+        };
         Failure::new(code, refusal.to_string()).hint(refusal.hint())
     })?;
     let mut removal = Removal::new(repository, &gathered, false);

@@ -153,7 +153,12 @@ async fn run_task(app: &Arc<App>, task: Task, slot: Slot) -> Result<String, Fail
         Task::Prune => {
             let pruned = ended(&app.start_prune(false)?).await?;
             let count = |pointer: &str| pruned.pointer(pointer).and_then(Value::as_array).map_or(0, Vec::len);
+            let unreadable = count("/plan/unreadable_dumps");
             match pruned.pointer("/refused/objects").and_then(Value::as_u64).unwrap_or(0) {
+                0 if unreadable > 0 => {
+                    Err(Failure::new(Code::Damaged, format!("no dump was removed: {unreadable} records of dumps can't be read"))
+                        .hint("'pgsidecar prune --dry-run' says which, and why."))
+                }
                 0 => Ok(format!(
                     "{} backups, {} dumps and {} WAL files removed",
                     count("/removed/backups"),

@@ -24,7 +24,7 @@ use pgsidecar_core::{
     SystemIdentifier, TimelineId, WalSegmentSize,
     backup::{BACKUP_FORMAT, PartRecord, StoredObject},
     chain::chain,
-    dump::DumpFormat,
+    dump::{DUMP_FORMAT, DatabaseProperties, DumpFormat, DumpRecord, DumpedDatabase, DumpedGlobals},
     layout::{BackupObject, DumpObject, RepositoryObject},
     retention::Policy,
 };
@@ -81,10 +81,51 @@ impl Past {
                     day,
                 )
                 .await;
-                past.put(&RepositoryObject::Dump(id, DumpObject::Record), day).await;
+                past.record_dump(day, &["shop"], 0).await;
             }
         }
         past
+    }
+
+    /// Stores the record of a dump of these databases; its format is `newer` than ours by this.
+    pub async fn record_dump(&self, day: i64, databases: &[&str], newer: u32) {
+        let id = self.dump(day);
+        let stored = StoredObject { size: 7, sha256: Sha256Digest::of(b"content") };
+        let database = |name: &&str| DumpedDatabase {
+            name: name.parse().unwrap(),
+            oid: 16_384,
+            stored,
+            plain_bytes: None,
+            toc_entries: None,
+            properties: DatabaseProperties {
+                owner: "postgres".to_owned(),
+                encoding: "UTF8".to_owned(),
+                collate: "C".to_owned(),
+                ctype: "C".to_owned(),
+                locale_provider: "libc".to_owned(),
+                locale: None,
+                settings: Vec::new(),
+            },
+        };
+        let record = DumpRecord {
+            format: DUMP_FORMAT + newer,
+            id,
+            system_identifier: SYSTEM,
+            server_version: 170_000,
+            tools_major: 17,
+            tools_version: "17.5".to_owned(),
+            started_at: id.began(),
+            finished_at: id.began(),
+            archives: DumpFormat::Custom,
+            databases: databases.iter().map(database).collect(),
+            globals: DumpedGlobals { stored, role_passwords: false },
+            server: "localhost".to_owned(),
+            warnings: Vec::new(),
+            writer: "a test".to_owned(),
+        };
+        let object = RepositoryObject::Dump(id, DumpObject::Record);
+        self.repository.store_json(&object, &record).await.unwrap();
+        self.stored_on(&self.repository.layout().key(&object), day);
     }
 
     /// The store without its faults.

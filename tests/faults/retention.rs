@@ -25,6 +25,8 @@ use pgsidecar_core::{
     backup::DamagedFile,
     dump::DumpFormat,
     layout::{BackupObject, DumpObject, RepositoryObject},
+    plan::{RestoreRequest, select},
+    recovery::RecoveryTarget,
     retention::Policy,
 };
 
@@ -191,7 +193,16 @@ async fn nothing_goes_when_the_newest_backup_is_damaged_or_a_record_can_not_be_r
         let record = past.repository.layout().backup(past.id(10), BackupObject::Record);
         std::fs::write(past.path(&record), change).unwrap();
         assert!(refused(&past).await.contains("can't be read"));
+        // It may build on the one that somebody names.
+        let failure = delete_backup(&past.repository, past.id(0), true, true).await.unwrap_err();
+        assert_eq!((failure.code, past.ids().await.len()), (Code::Damaged, 5), "{failure}");
     }
+
+    // A pin says that there was one.
+    let past = Past::new(1).await;
+    past.put(&RepositoryObject::Pin(past.id(1)), 1).await;
+    std::fs::remove_file(past.path(&past.repository.layout().backup(past.id(1), BackupObject::Record))).unwrap();
+    assert!(refused(&past).await.contains("it's pinned"));
 
     let past = Past::new(1).await;
     let mut record = past.repository.backup(newest(&past)).await.unwrap().unwrap();
@@ -256,12 +267,13 @@ async fn without_a_policy_nothing_is_removed() {
     assert_eq!((pruned.removed.dumps.len(), pruned.removed.backups.len(), pruned.removed.wal_files), (4, 0, 0));
 }
 
-/// A store on which something happens at the first deletion of a key.
+/// A store on which something happens at the first deletion of a key, or that lists one and then hasn't it.
 #[derive(Debug)]
 struct Meanwhile {
     beneath: LocalStore,
     at: ObjectKey,
     put: Mutex<Vec<(ObjectKey, Vec<u8>)>>,
+    lost: Option<ObjectKey>,
 }
 
 #[async_trait::async_trait]
@@ -298,7 +310,7 @@ impl Store for Meanwhile {
     }
 
     async fn get(&self, key: &ObjectKey, range: ByteRange) -> Result<Option<Download>, StoreError> {
-        self.beneath.get(key, range).await
+        if self.lost.as_ref() == Some(key) { Ok(None) } else { self.beneath.get(key, range).await }
     }
 
     async fn list(&self, request: &ListRequest) -> Result<ListPage, StoreError> {
@@ -320,7 +332,7 @@ impl Store for Meanwhile {
 
 #[tokio::test]
 async fn what_is_pinned_or_built_on_while_it_is_removed_is_put_back() {
-    for with_child in [false, true] {
+    for (with_child, readable) in [(false, true), (true, true), (true, false)] {
         let past = Past::new(2).await;
         let layout = past.repository.layout().clone();
         let marker = layout.backup(past.id(1), BackupObject::Record);
@@ -328,14 +340,20 @@ async fn what_is_pinned_or_built_on_while_it_is_removed_is_put_back() {
             let mut child = past.repository.backup(past.id(21)).await.unwrap().unwrap();
             child.id = BackupId::new(past.at(22), BackupKind::Incremental);
             child.parent = Some(past.id(1));
+            child.format += u32::from(!readable);
             (layout.backup(child.id, BackupObject::Record), serde_json::to_vec(&child).unwrap())
         } else {
             (layout.key(&RepositoryObject::Pin(past.id(1))), b"{}".to_vec())
         };
-        let store = Meanwhile { beneath: past.beneath(), at: marker, put: Mutex::new(vec![(key, content)]) };
+        let store =
+            Meanwhile { beneath: past.beneath(), at: marker, put: Mutex::new(vec![(key, content)]), lost: None };
         let repository = Repository::new(Arc::new(store), layout, 1);
-        let pruned = prune(&repository, &policy("12d"), Timestamp::now(), false).await.unwrap();
-        assert_eq!(pruned.removed.backups, [], "{with_child}");
+        let pruned = prune(&repository, &policy("12d"), Timestamp::now(), false).await;
+        match pruned {
+            Ok(pruned) => assert_eq!((pruned.removed.backups, readable), (vec![], true), "{with_child}"),
+            // It's planned anew, and what it needs can't be told any more.
+            Err(failure) => assert_eq!((failure.code, readable), (Code::Damaged, false), "{failure}"),
+        }
         for day in [0, 1] {
             let record = past.repository.backup(past.id(day)).await.unwrap().unwrap();
             assert_eq!(missing_objects(&past.repository, &record).await.unwrap(), []);
@@ -356,4 +374,68 @@ async fn a_dump_that_was_not_completed_counts_for_nothing_and_old_ones_stay_inst
     let removed = past.prune("12d").await.unwrap().removed.dumps;
     assert_eq!(removed, [0, 5, 10, 15, 12].map(|day| past.dump(day)), "the last two complete ones stay");
     assert!(past.keys().await.iter().any(|key| key.contains(&begun.to_string())));
+}
+
+#[tokio::test]
+async fn a_timeline_that_was_given_up_leaves_its_history_and_misleads_no_restore() {
+    let past = Past::new(1).await;
+    let timeline = TimelineId::new(2).unwrap();
+    let switch = size().start_of(past.segment_of(12));
+    let history = RepositoryObject::Wal(ArchiveFileName::History(timeline));
+    let key = past.repository.layout().key(&history);
+    let text = format!("1\t{switch}\tno recovery target specified\n");
+    past.repository.store_bytes(&key, "the history", text.into()).await.unwrap();
+    past.stored_on(&key, 12);
+    past.put(&RepositoryObject::TimelineOwner(timeline), 12).await;
+    let segment = SegmentName::from_number(timeline, past.segment_of(12), size());
+    past.put(&RepositoryObject::Wal(ArchiveFileName::Segment(segment)), 12).await;
+    let latest = async || {
+        let catalog = past.repository.catalog().await.unwrap();
+        let request = RestoreRequest { target: RecoveryTarget::Latest, timeline: None, backup: None, inclusive: true };
+        let selection = select(&catalog, &request).unwrap();
+        (selection.history.timeline(), selection.backup.id)
+    };
+    assert_eq!(latest().await, (timeline, past.id(11)));
+    assert_eq!(past.prune("12d").await.unwrap().removed.wal_files, 10 + 1);
+    let keys = past.keys().await;
+    let there = |object: &RepositoryObject| keys.contains(past.repository.layout().key(object).as_str());
+    let objects =
+        [history, RepositoryObject::TimelineOwner(timeline), RepositoryObject::Wal(ArchiveFileName::Segment(segment))];
+    assert_eq!(objects.each_ref().map(there), [true, true, false]);
+    assert_eq!(latest().await, (TimelineId::FIRST, past.id(21)));
+    // What a stopped server had is more than a history.
+    past.put(&RepositoryObject::Tail(segment, "0123456789abcdef".into()), 29).await;
+    assert_eq!(latest().await.0, timeline);
+    assert_eq!(past.prune("12d").await.unwrap().removed.wal_files, 0);
+}
+
+#[tokio::test]
+async fn nothing_goes_when_a_record_is_listed_and_then_is_not_there() {
+    let past = Past::new(1).await;
+    let before = past.keys().await;
+    let layout = past.repository.layout().clone();
+    let lost = layout.backup(past.id(10), BackupObject::Record);
+    let at = lost.clone();
+    let store = Meanwhile { beneath: past.beneath(), at, put: Mutex::default(), lost: Some(lost) };
+    let repository = Repository::new(Arc::new(store), layout, 1);
+    let failure = prune(&repository, &policy("12d"), Timestamp::now(), false).await.unwrap_err();
+    assert_eq!((failure.code, past.keys().await), (Code::Damaged, before), "{failure}");
+}
+
+#[tokio::test]
+async fn a_dump_that_can_not_be_read_keeps_all_and_one_of_fewer_databases_pushes_none_out() {
+    let past = Past::new(1).await;
+    // Newer ones, without the database that all others have.
+    for day in [26, 27, 28] {
+        past.record_dump(day, &["other"], 0).await;
+    }
+    let unreadable =
+        past.path(&past.repository.layout().key(&RepositoryObject::Dump(past.dump(29), DumpObject::Record)));
+    past.record_dump(29, &["other"], 1).await;
+    let pruned = past.prune("12d").await.unwrap();
+    assert_eq!((pruned.removed.dumps, pruned.removed.wal_files), (vec![], 10));
+    assert!(pruned.plan.unreadable_dumps[0].why.contains("format"), "{:?}", pruned.plan.unreadable_dumps);
+    std::fs::remove_file(unreadable).unwrap();
+    let removed = past.prune("12d").await.unwrap().removed.dumps;
+    assert_eq!(removed, [0, 5, 10, 15, 26].map(|day| past.dump(day)));
 }

@@ -16,6 +16,8 @@ mod scan;
 mod search;
 mod snapshot;
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use crate::{
@@ -57,6 +59,9 @@ pub struct Catalog {
     pub backups: Vec<BackupRecord>,
     /// All timeline histories. Timeline 1 has none.
     pub histories: Vec<TimelineHistory>,
+    /// Timelines of which there is nothing but a history: no backup, no segment, and nothing that a stopped server had of
+    /// one. Only who names such a timeline gets there.
+    pub begun_only: BTreeSet<TimelineId>,
     /// All restore points that are recorded, in any order.
     pub restore_points: Vec<RestorePointRecord>,
 }
@@ -199,9 +204,11 @@ impl Catalog {
         names
     }
 
-    /// All known timelines' histories, the newest first: the order in which PostgreSQL's 'latest' prefers them.
+    /// The histories of all timelines of which there is anything else, the newest first: the order in which PostgreSQL's
+    /// 'latest' prefers them.
     fn newest_first(&self) -> Vec<TimelineHistory> {
         let mut histories = self.histories.clone();
+        histories.retain(|history| !self.begun_only.contains(&history.timeline()));
         if self.history(TimelineId::FIRST).is_some_and(|_| !histories.iter().any(|h| h.timeline() == TimelineId::FIRST))
         {
             histories.push(TimelineHistory::first(TimelineId::FIRST));

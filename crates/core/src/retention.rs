@@ -15,10 +15,11 @@
 //!   all WAL from the oldest of them on. Storage snapshots count in the same way, for themselves: whether the storage still
 //!   has them isn't known here, so that none stands in for a backup.
 //! - **What is pinned stays**, with what it builds on and the WAL to its own end. WAL that leads on from there goes.
-//! - **A backup that is broken** never stands in for one that isn't, and goes when its time has come like any other.
+//! - **A backup that is broken** never stands in for one that isn't, and goes when its time has come like any other. One
+//!   with damaged pages, or that builds on such a one, stays as its time demands, and never in the place of a clean one.
 //!
 //! Which of two backups is the later one on a way is told by the WAL. When one was complete is told by two clocks, of
-//! which the later counts: the server's, and the store's.
+//! which the later counts: the server's, and the store's. The server's is believed up to a day ahead of the store's.
 
 mod delete;
 mod dumps;
@@ -97,6 +98,8 @@ pub struct RetentionPlan {
     pub remains: Vec<BackupId>,
     /// Dumps that were never completed, and that nobody works at any more.
     pub dump_remains: Vec<DumpId>,
+    /// Records of dumps that can't be read: while there are such, no dump goes that the policy would have go.
+    pub unreadable_dumps: Vec<Unreadable>,
     #[serde(skip)]
     dumps_are_counted: bool,
 }
@@ -158,6 +161,8 @@ struct Start {
     complete: Timestamp,
     /// Whether all of it is there, with the WAL to its end.
     restorable: bool,
+    /// Whether it's restorable, and neither it nor what it builds on found damaged pages in the database.
+    clean: bool,
     full: bool,
 }
 
@@ -227,14 +232,16 @@ pub fn plan(inventory: &Inventory, policy: &Policy, now: Timestamp) -> Result<Re
     let mut snapshots: Vec<Decision<SnapshotId, Reason>> =
         inventory.snapshots.iter().map(|s| Decision { id: s.id, kept: decide(Name::Snapshot(s.id)) }).collect();
     snapshots.sort_by_key(|snapshot| snapshot.id);
-    let mut kept_dumps = policy.dumps.map(|counts| dumps::kept(&inventory.dumps, &counts)).unwrap_or_default();
+    let mut kept_dumps = policy.dumps.map(|counts| dumps::kept(&inventory.dumps, &counts, now)).unwrap_or_default();
+    // Without a policy nothing goes by them anyway.
+    let unreadable_dumps = policy.dumps.map(|_| inventory.unreadable_dumps.clone()).unwrap_or_default();
     let abandoned = |last: Timestamp| window_end.duration_since(last) > UNDER_WAY;
     Ok(RetentionPlan {
         window_end,
         window_begin,
         backups: decided,
         snapshots,
-        dumps: (inventory.dumps.iter())
+        dumps: (inventory.dumps.keys())
             .map(|id| Decision { id: *id, kept: kept_dumps.remove(id).unwrap_or_default() })
             .collect(),
         timelines: (inventory.timelines().into_iter()).map(|timeline| needs.plan(timeline, inventory)).collect(),
@@ -245,7 +252,8 @@ pub fn plan(inventory: &Inventory, policy: &Policy, now: Timestamp) -> Result<Re
             .filter(|(_, last)| abandoned(**last))
             .map(|(id, _)| *id)
             .collect(),
-        dumps_are_counted: policy.dumps.is_some(),
+        dumps_are_counted: policy.dumps.is_some() && unreadable_dumps.is_empty(),
+        unreadable_dumps,
     })
 }
 
@@ -299,21 +307,25 @@ impl Way<'_> {
         let mut on: Vec<&Start> = starts.iter().filter(|start| history.contains(start.timeline, start.stop)).collect();
         on.sort_by_key(|start| (start.stop, start.name));
         let any_restorable = on.iter().any(|start| start.restorable);
-        let before = |start: &&&Start| start.restorable && start.complete <= self.begin;
-        let first = on.iter().rev().find(before).map(|start| start.name);
-        let fulls = on.iter().rev().filter(|start| start.full && start.restorable);
-        let fulls: BTreeSet<Name> = fulls.take(self.policy.redundancy.count()).map(|start| start.name).collect();
+        // One with damaged pages stays where its time demands it, and a clean one beside it.
+        let (mut first, mut fulls) = (BTreeSet::new(), BTreeSet::new());
+        for counts in [|start: &Start| start.restorable, |start: &Start| start.clean] {
+            let counting = || on.iter().rev().filter(|start| counts(start));
+            first.extend(counting().find(|start| start.complete <= self.begin).map(|start| start.name));
+            let newest = counting().filter(|start| start.full).take(self.policy.redundancy.count());
+            fulls.extend(newest.map(|start| start.name));
+        }
         let mut kept = Vec::new();
         for start in &on {
             let said = [
                 (start.complete > self.begin, Reason::Window),
-                (first == Some(start.name), Reason::WindowBegin),
+                (first.contains(&start.name), Reason::WindowBegin),
                 (fulls.contains(&start.name), Reason::Redundancy),
                 (!any_restorable, Reason::NothingBetter),
             ];
             kept.extend(said.into_iter().filter(|(applies, _)| *applies).map(|(_, reason)| (start.name, reason)));
         }
-        KeptOnWay { kept, any_restorable, reaches_begin: first.is_some() }
+        KeptOnWay { kept, any_restorable, reaches_begin: !first.is_empty() }
     }
 }
 

@@ -1,6 +1,8 @@
 //! The plan for a directory that was rolled back or cloned from a snapshot: which timeline and which WAL lead to the
 //! target. Which snapshot isn't a question: the directory is the one.
 
+use std::collections::BTreeSet;
+
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -78,13 +80,15 @@ impl SnapshotPlanError {
     }
 }
 
-/// Chooses the timeline for a restore from a snapshot: the one that was asked for, or the newest that can be reached.
+/// Chooses the timeline for a restore from a snapshot: the one that was asked for, or the newest that can be reached
+/// and of which there is more than a history ([`Catalog::begun_only`]).
 ///
 /// # Errors
 /// If the snapshot doesn't lead to the target.
 pub fn select_for_snapshot(
     snapshot: SnapshotRecord,
     histories: Vec<TimelineHistory>,
+    begun_only: BTreeSet<TimelineId>,
     target: &RecoveryTarget,
     timeline: Option<TimelineId>,
 ) -> Result<SnapshotSelection, SnapshotPlanError> {
@@ -96,7 +100,7 @@ pub fn select_for_snapshot(
             stop_lsn: snapshot.stop_lsn,
         });
     }
-    let catalog = Catalog { histories, ..Catalog::default() };
+    let catalog = Catalog { histories, begun_only, ..Catalog::default() };
     let ways = match timeline {
         Some(timeline) => vec![catalog.history(timeline).ok_or(PlanError::NoSuchTimeline(timeline))?],
         None => catalog.newest_first(),
@@ -189,9 +193,10 @@ mod tests {
     }
 
     fn selected(target: &RecoveryTarget, timeline: Option<u32>) -> Result<u32, SnapshotPlanError> {
-        // The snapshot is on timeline 1 and ends at 0/3000100: 2 begins behind it, 3 before.
-        let histories = vec![branch(2, 1, "0/5000000"), branch(3, 1, "0/2800000")];
-        select_for_snapshot(record(), histories, target, timeline.map(tli)).map(|way| way.history.timeline().get())
+        // The snapshot is on timeline 1 and ends at 0/3000100: 2 begins behind it, 3 before; 4 was begun and no more.
+        let histories = vec![branch(2, 1, "0/5000000"), branch(3, 1, "0/2800000"), branch(4, 1, "0/5000000")];
+        let selection = select_for_snapshot(record(), histories, BTreeSet::from([tli(4)]), target, timeline.map(tli));
+        selection.map(|way| way.history.timeline().get())
     }
 
     #[test]
@@ -199,11 +204,12 @@ mod tests {
         let (id, latest) = (record().id, RecoveryTarget::Latest);
         assert_eq!(selected(&latest, None), Ok(2));
         assert_eq!(selected(&latest, Some(1)), Ok(1));
+        assert_eq!(selected(&latest, Some(4)), Ok(4));
         let not_on_the_way = SnapshotPlanError::NotOnTheWay { snapshot: id, timeline: tli(3) };
         assert_eq!(selected(&latest, Some(3)), Err(not_on_the_way));
         assert_eq!(selected(&latest, Some(7)), Err(PlanError::NoSuchTimeline(tli(7)).into()));
         let unknown = SnapshotRecord { timeline: tli(9), ..record() };
-        let selection = select_for_snapshot(unknown, vec![], &latest, None);
+        let selection = select_for_snapshot(unknown, vec![], BTreeSet::new(), &latest, None);
         assert_eq!(selection, Err(SnapshotPlanError::NoTimeline(id)));
     }
 

@@ -208,6 +208,23 @@ fn a_newer_timeline_without_a_way_to_it_is_passed_over() {
 }
 
 #[test]
+fn a_timeline_that_was_only_begun_is_passed_over_unless_it_is_named() {
+    let catalog = Catalog {
+        backups: vec![backup(1, 10, 12), backup(2, 17, 18)],
+        histories: vec![history(2, &[(1, lsn(15))]), history(3, &[(1, lsn(15))]), history(4, &[(2, lsn(19))])],
+        begun_only: [tli(3), tli(4)].into(),
+        ..Catalog::default()
+    };
+    assert_eq!(chosen(&catalog, RecoveryTarget::Latest), Ok((17, 2)));
+    assert_eq!(chosen(&catalog, RecoveryTarget::Time(at(17))), Ok((10, 2)));
+    let named =
+        RestoreRequest { target: RecoveryTarget::Latest, timeline: Some(tli(4)), backup: None, inclusive: true };
+    assert_eq!(select(&catalog, &named).unwrap().history.timeline(), tli(4));
+    let begun_and_more = Catalog { begun_only: [tli(3)].into(), ..catalog };
+    assert_eq!(chosen(&begun_and_more, RecoveryTarget::Latest), Ok((17, 4)));
+}
+
+#[test]
 fn wal_is_followed_across_a_switch_and_not_into_the_abandoned_branch() {
     let way = history(2, &[(1, lsn(15))]);
     // Segment 15 is on both timelines; 16 and 17 of timeline 1 were given up.
@@ -305,6 +322,7 @@ fn a_recorded_restore_point_chooses_the_newest_backup_before_it() {
         backups: vec![backup(1, 10, 12), backup(1, 20, 22), backup(1, 30, 32)],
         restore_points: vec![point("before", 1, 25), point("other", 1, 35)],
         histories: vec![],
+        ..Catalog::default()
     };
     assert_eq!(chosen(&catalog, named("before")), Ok((20, 1)));
     assert_eq!(chosen(&catalog, named("other")), Ok((30, 1)));
@@ -322,7 +340,7 @@ fn a_recorded_restore_point_chooses_the_newest_backup_before_it() {
 #[test]
 fn of_two_restore_points_of_a_name_the_newer_is_meant_and_must_be_the_first_to_be_met() {
     let points = vec![point("before", 1, 15), point("before", 1, 25)];
-    let catalog = |backups| Catalog { backups, restore_points: points.clone(), histories: vec![] };
+    let catalog = |backups| Catalog { backups, restore_points: points.clone(), ..Catalog::default() };
     assert_eq!(chosen(&catalog(vec![backup(1, 10, 12), backup(1, 20, 22)]), named("before")), Ok((20, 1)));
     // The one in between was made while the backup was taken.
     for backups in [vec![backup(1, 10, 12)], vec![backup(1, 10, 12), backup(1, 14, 16)]] {
@@ -345,6 +363,7 @@ fn a_restore_point_of_an_abandoned_branch_is_found_on_its_own_timeline_only() {
         backups: vec![backup(1, 10, 12)],
         histories: vec![history(2, &[(1, lsn(15))])],
         restore_points: vec![point("abandoned", 1, 17), point("common", 1, 14), point("new", 2, 17)],
+        ..Catalog::default()
     };
     assert_eq!(chosen(&catalog, named("common")), Ok((10, 2)));
     assert_eq!(chosen(&catalog, named("new")), Ok((10, 2)));

@@ -2,13 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
 
 use super::{Name, Reason, Reasons, Start};
 use crate::{
-    ArchivedWal, BackupId, BackupKind, BackupRecord, DumpId, SegmentName, SnapshotRecord, TimelineHistory, TimelineId,
-    WalSegmentSize, chain::chain,
+    ArchivedWal, BackupId, BackupKind, BackupRecord, DumpId, SegmentName, SnapshotId, SnapshotRecord, TimelineHistory,
+    TimelineId, WalSegmentSize, chain::chain, dump::DatabaseName,
 };
+
+/// How far a server's clock is believed to be ahead of the store's.
+const MOST_AHEAD: SignedDuration = SignedDuration::from_hours(24);
 
 /// What a repository holds of a database system.
 #[derive(Clone, Debug)]
@@ -21,14 +25,18 @@ pub struct Inventory {
     pub facts: BTreeMap<BackupId, BackupFacts>,
     /// All complete snapshots.
     pub snapshots: Vec<SnapshotRecord>,
+    /// When the record of each of them was stored, by the store's clock.
+    pub snapshots_stored: BTreeMap<SnapshotId, Timestamp>,
     /// All timeline histories.
     pub histories: Vec<TimelineHistory>,
     /// What there is of each timeline's WAL.
     pub wal: BTreeMap<TimelineId, TimelineStock>,
     /// The backups that somebody wants to keep.
     pub pins: BTreeSet<BackupId>,
-    /// All complete dumps.
-    pub dumps: BTreeSet<DumpId>,
+    /// All complete dumps whose records can be read, with the databases that are in them.
+    pub dumps: BTreeMap<DumpId, BTreeSet<DatabaseName>>,
+    /// Records of dumps that can't be read.
+    pub unreadable_dumps: Vec<Unreadable>,
     /// Backups that aren't complete, with the time at which the last object of each was stored.
     pub unfinished: BTreeMap<BackupId, Timestamp>,
     /// The same for dumps.
@@ -38,7 +46,7 @@ pub struct Inventory {
 }
 
 /// An object that can't be read, and why.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Unreadable {
     /// What it is, for people.
     pub what: String,
@@ -80,6 +88,14 @@ impl TimelineStock {
     }
 }
 
+/// When something was complete whose record was stored then: by the later of the server's clock and the store's. A server's
+/// that was far ahead of the store's was wrong: by it, something would be young for as long as it was ahead.
+fn complete(stopped_at: Timestamp, stored_at: Option<Timestamp>) -> Timestamp {
+    let Some(stored_at) = stored_at else { return stopped_at };
+    let latest = stored_at.checked_add(MOST_AHEAD).unwrap_or(Timestamp::MAX);
+    stopped_at.clamp(stored_at, latest)
+}
+
 impl Inventory {
     /// Nothing, of a system with segments of this size.
     pub fn empty(size: WalSegmentSize) -> Inventory {
@@ -88,10 +104,12 @@ impl Inventory {
             backups: Vec::new(),
             facts: BTreeMap::new(),
             snapshots: Vec::new(),
+            snapshots_stored: BTreeMap::new(),
             histories: Vec::new(),
             wal: BTreeMap::new(),
             pins: BTreeSet::new(),
-            dumps: BTreeSet::new(),
+            dumps: BTreeMap::new(),
+            unreadable_dumps: Vec::new(),
             unfinished: BTreeMap::new(),
             unfinished_dumps: BTreeMap::new(),
             unreadable: Vec::new(),
@@ -167,6 +185,11 @@ impl Inventory {
             .then(|| "can't be restored: WAL is missing that it needs".to_owned())
     }
 
+    /// Whether neither a backup nor anything that it builds on has damaged pages.
+    fn is_clean(&self, record: &BackupRecord) -> bool {
+        chain(record, &self.backups).is_ok_and(|links| links.iter().all(|link| link.damaged.is_empty()))
+    }
+
     /// Whether all WAL from a position of a timeline to another is there.
     fn holds(&self, timeline: TimelineId, start: crate::Lsn, stop: crate::Lsn) -> bool {
         let (first, last) = (self.size.segment_number(start), self.size.previous_segment_number(stop));
@@ -175,25 +198,29 @@ impl Inventory {
 
     pub(super) fn backup_start(&self, record: &BackupRecord) -> Start {
         let stored_at = self.facts.get(&record.id).map(|facts| facts.stored_at);
+        let restorable = self.why_not_restorable(record).is_none();
         Start {
             name: Name::Backup(record.id),
             timeline: record.timeline,
             start: record.start_lsn,
             stop: record.stop_lsn,
-            complete: record.stopped_at.max(stored_at.unwrap_or(record.stopped_at)),
-            restorable: self.why_not_restorable(record).is_none(),
+            complete: complete(record.stopped_at, stored_at),
+            restorable,
+            clean: restorable && self.is_clean(record),
             full: record.id.kind() == BackupKind::Full,
         }
     }
 
     pub(super) fn snapshot_start(&self, record: &SnapshotRecord) -> Start {
+        let restorable = self.holds(record.timeline, record.start_lsn, record.stop_lsn);
         Start {
             name: Name::Snapshot(record.id),
             timeline: record.timeline,
             start: record.start_lsn,
             stop: record.stop_lsn,
-            complete: record.stopped_at,
-            restorable: self.holds(record.timeline, record.start_lsn, record.stop_lsn),
+            complete: complete(record.stopped_at, self.snapshots_stored.get(&record.id).copied()),
+            restorable,
+            clean: restorable,
             full: true,
         }
     }

@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use self::world::{Event, HOUR, World, at, event};
 use super::*;
 use crate::{
-    BackupKind, BackupRecord, SegmentName, SnapshotRecord, chain::chain, plan::tests as sample,
-    recovery::RecoveryTarget, snapshot::tests::record as snapshot,
+    ArchiveFileName, BackupKind, BackupRecord, SegmentName, SnapshotRecord, chain::chain, layout::RepositoryObject,
+    plan::tests as sample, recovery::RecoveryTarget, snapshot::tests::record as snapshot,
 };
 use sample::{SIZE, tli};
 
@@ -220,7 +220,7 @@ fn a_timeline_whose_history_is_missing_blocks_unless_its_own_backups_reach_far_e
 }
 
 #[test]
-fn a_timeline_that_was_given_up_goes_with_its_history_and_one_without_backups_stays_whole() {
+fn a_timeline_that_was_given_up_goes_but_for_its_number_and_one_without_backups_stays_whole() {
     let events = [
         Event::Backup { server: 0, kind: 0, segments: 0, clock_behind: 0 },
         Event::Write { server: 0, segments: 10 },
@@ -235,8 +235,13 @@ fn a_timeline_that_was_given_up_goes_with_its_history_and_one_without_backups_st
     let (world, now) = World::simulate(&events);
     let planned = plan(&world.inventory(), &policy(24, 1), at(now)).unwrap();
     let left = world.without(&planned);
-    assert_eq!((left.backups.len(), left.timelines()), (1, BTreeSet::from([1])));
-    assert!(!planned.timeline(tli(2)).unwrap().stays());
+    assert_eq!((left.backups.len(), left.timelines()), (1, BTreeSet::from([1, 2])));
+    assert!(left.segments.keys().all(|(timeline, _)| *timeline == 1));
+    let given_up = planned.timeline(tli(2)).unwrap();
+    assert!(given_up.needed.is_empty());
+    for object in [RepositoryObject::Wal(ArchiveFileName::History(tli(2))), RepositoryObject::TimelineOwner(tli(2))] {
+        assert!(!given_up.removes(&object), "another server would get its number");
+    }
     // No backup leads to the server that began anew: one may be under way.
     let mut lonely = world.clone();
     lonely.histories.insert(3, (vec![], now));
@@ -280,6 +285,10 @@ fn deleting_by_name_refuses_what_others_need_and_the_last_one() {
     assert_eq!(refused, DeleteRefusal::BuiltOn { backup: ids[5], dependents: vec![ids[6]] });
     assert_eq!(may_delete(&world.inventory(), ids[5], true, false).unwrap(), [ids[6], ids[5]]);
     assert_eq!(may_delete(&world.inventory(), ids[9], false, false).unwrap(), [ids[9]]);
+    let mut inventory = world.inventory();
+    inventory.unreadable.push(Unreadable { what: "a record".into(), why: "it's of a newer version".into() });
+    let refused = DeleteRefusal::Unreadable { what: "a record".into(), why: "it's of a newer version".into() };
+    assert_eq!(may_delete(&inventory, ids[9], true, true), Err(refused));
     world.pins.insert(ids[6]);
     assert_eq!(may_delete(&world.inventory(), ids[5], true, true), Err(DeleteRefusal::Pinned(ids[6])));
     world.pins.clear();
@@ -335,4 +344,78 @@ fn a_backup_whose_server_s_clock_was_behind_is_no_older_for_that() {
     assert_eq!(planned.backups_to_remove(), []);
     let planned = plan(&world.inventory(), &policy(2, 1), at(now)).unwrap();
     assert_eq!(planned.backups_to_remove(), [world.backups[0].id]);
+}
+
+/// The world in which these of its backups found damaged pages.
+fn with_damaged_pages(world: &World, which: &[usize]) -> World {
+    let mut world = world.clone();
+    for at in which {
+        let file = crate::backup::DamagedFile { path: "base/5/1".into(), relation: None, blocks: vec![1], count: 1 };
+        world.backups[*at].damaged.push(file);
+    }
+    world
+}
+
+#[test]
+fn a_backup_with_damaged_pages_never_stands_in_for_a_clean_one() {
+    let (world, now) = a_month(30);
+    let ids: Vec<BackupId> = world.backups.iter().map(|backup| backup.id).collect();
+    let why = |planned: &RetentionPlan, at: usize| planned.backups[at].kept.clone();
+    // The window begins behind backup 25, of the chain that begins with 21.
+    let clean = plan(&world.inventory(), &policy(24 * 4, 2), at(now)).unwrap();
+    let first = clean.backups.iter().position(|backup| backup.kept.contains(&Reason::WindowBegin)).unwrap();
+    assert!((22..28).contains(&first), "{clean:#?}");
+    assert_eq!((why(&clean, 21).contains(&Reason::Redundancy), why(&clean, 14)), (true, vec![]));
+    // With damage in it, the last clean one before it leads there as well, and redundancy goes back further.
+    let damaged = with_damaged_pages(&world, &[21]);
+    let planned = plan(&damaged.inventory(), &policy(24 * 4, 2), at(now)).unwrap();
+    assert!(why(&planned, first).contains(&Reason::WindowBegin) && why(&planned, 21).contains(&Reason::Redundancy));
+    assert_eq!(why(&planned, 20), [Reason::WindowBegin]);
+    assert_eq!(why(&planned, 14), [Reason::Redundancy, Reason::BuiltOnBy(ids[15])]);
+    assert_eq!(planned.backups_to_remove().len(), 14);
+    // Where none is clean, what there is has to do.
+    let damaged = with_damaged_pages(&world, &[0, 7, 14, 21]);
+    let planned = plan(&damaged.inventory(), &policy(24 * 4, 2), at(now)).unwrap();
+    assert_eq!(planned.backups_to_remove(), clean.backups_to_remove());
+    // Nor when somebody names the clean one.
+    let two_weeks = World { backups: world.backups[..14].to_vec(), ..world };
+    let damaged = with_damaged_pages(&two_weeks, &[0]);
+    assert_eq!(may_delete(&two_weeks.inventory(), ids[7], true, false).unwrap().len(), 7);
+    assert_eq!(may_delete(&damaged.inventory(), ids[7], true, false), Err(DeleteRefusal::LastOne));
+    assert_eq!(may_delete(&damaged.inventory(), ids[0], true, false).unwrap().len(), 7);
+}
+
+#[test]
+fn a_server_s_clock_that_was_far_ahead_makes_nothing_younger_than_a_day() {
+    let backup = |clock_behind| Event::Backup { server: 0, kind: 0, segments: 0, clock_behind };
+    let write = Event::Write { server: 0, segments: 1 };
+    let quiet = Event::Quiet { hours: 72 };
+    let (world, now) =
+        World::simulate(&[backup(0), quiet.clone(), backup(-24 * 365), quiet.clone(), backup(0), quiet, write]);
+    let planned = plan(&world.inventory(), &policy(48, 1), at(now)).unwrap();
+    // By its own clock the second one would be within the window for a year, and the newest one: none would lead there.
+    assert_eq!(planned.backups_to_remove(), [world.backups[1].id, world.backups[0].id]);
+    assert_eq!(planned.backups[2].kept, [Reason::WindowBegin, Reason::Redundancy]);
+}
+
+#[test]
+fn a_snapshot_is_as_young_as_the_later_of_its_clocks() {
+    let (world, now) = World::simulate(&[Event::Write { server: 0, segments: 200 }]);
+    let taken = |number: u64, by_the_server: i64| SnapshotRecord {
+        id: SnapshotId::new(at(i64::try_from(number).unwrap() * 600)),
+        timeline: tli(1),
+        start_lsn: sample::lsn(number),
+        stop_lsn: sample::lsn(number + 1),
+        stopped_at: at(by_the_server),
+        wal_segment_size: SIZE,
+        ..snapshot()
+    };
+    // The window begins with segment 170. The second one's server had a clock that was ten hours behind.
+    let (old, young) = (taken(100, 60_000), taken(180, 180 * 600 - 36_000));
+    let mut inventory = world.inventory();
+    inventory.snapshots = vec![old.clone(), young.clone()];
+    let removed = |inventory: &Inventory| plan(inventory, &policy(5, 1), at(now)).unwrap().snapshots_to_remove();
+    assert_eq!(removed(&inventory), [old.id]);
+    inventory.snapshots_stored = [(old.id, at(60_010)), (young.id, at(180 * 600 + 10))].into();
+    assert_eq!(removed(&inventory), [], "the second one doesn't reach the beginning of the window");
 }

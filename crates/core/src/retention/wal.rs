@@ -104,17 +104,10 @@ pub struct TimelinePlan {
 }
 
 impl TimelinePlan {
-    /// Whether anything of the timeline stays: then so do its history and its owner.
-    pub fn stays(&self) -> bool {
-        !self.numbers.is_empty()
-    }
-
-    /// Whether this object of the timeline's WAL goes. Its history and its owner go after all else of it.
+    /// Whether this object of the timeline's WAL goes. Its history and its owner never do: PostgreSQL chooses the number of
+    /// the next timeline by asking for histories, and would give this one's anew to another.
     pub fn removes(&self, object: &RepositoryObject) -> bool {
         match object {
-            RepositoryObject::Wal(ArchiveFileName::History(timeline)) | RepositoryObject::TimelineOwner(timeline) => {
-                *timeline == self.timeline && !self.stays()
-            }
             RepositoryObject::Wal(
                 ArchiveFileName::Segment(segment)
                 | ArchiveFileName::Partial(segment)

@@ -199,14 +199,13 @@ impl World {
             let segment = SegmentName::from_number(tli(*timeline), *number, SIZE);
             !plan.timeline(tli(*timeline)).unwrap().removes_segment(segment)
         });
-        left.histories.retain(|timeline, _| plan.timeline(tli(*timeline)).unwrap().stays());
         left
     }
 
     /// Whether a restore to this target on this timeline, which begins with this backup, gets there.
     pub(super) fn restores(&self, backup: BackupId, timeline: TimelineId, target: &RecoveryTarget) -> bool {
         let histories = self.histories.keys().map(|timeline| self.history(*timeline)).collect();
-        let catalog = Catalog { backups: self.backups.clone(), histories, restore_points: Vec::new() };
+        let catalog = Catalog { backups: self.backups.clone(), histories, ..Catalog::default() };
         let request =
             RestoreRequest { target: target.clone(), timeline: Some(timeline), backup: Some(backup), inclusive: true };
         let Ok(selection) = select(&catalog, &request) else { return false };
