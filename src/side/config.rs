@@ -150,7 +150,17 @@ mod tests {
         let setting: ServerSetting = "search_path=it's, \"x\\y\"".parse().unwrap();
         let conf = postgresql_conf(&ControlFile::parse(CONTROL).unwrap(), 15, &[setting]);
         assert!(conf.ends_with("search_path = 'it''s, \"x\\\\y\"'\n"), "{conf}");
-        for text in ["work_mem", "=1", "work mem=1", "include 'x'=1", "a=b\nc=d", "Work_mem=1", "include=x", "include_dir=/etc", "data_directory=/live"] {
+        for text in [
+            "work_mem",
+            "=1",
+            "work mem=1",
+            "include 'x'=1",
+            "a=b\nc=d",
+            "Work_mem=1",
+            "include=x",
+            "include_dir=/etc",
+            "data_directory=/live",
+        ] {
             assert!(text.parse::<ServerSetting>().is_err(), "{text:?}");
         }
     }

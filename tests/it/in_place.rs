@@ -231,7 +231,8 @@ fn without_room_for_two_it_replaces_what_differs_pg15() {
     let mut ended = false;
     for tries in 1..60 {
         let mut switch = sidecar.command(Sidecar::program());
-        let mut switch = switch.args(["restore", "switch"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut switch =
+            switch.args(["restore", "switch"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(20 * tries));
         switch.kill().unwrap();
         let output = switch.wait_with_output().unwrap();
