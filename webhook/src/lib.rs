@@ -1,6 +1,9 @@
-//! The optional mutating admission webhook: it will add pgsidecar to pods that carry the label
+//! The optional mutating admission webhook: it adds pgsidecar to pods that carry the label
 //! `pgsidecar.dev/inject: "true"`.
 //!
-//! Nothing is implemented yet. The crate stands here so that its boundary is fixed from the start: it
-//! depends on `pgsidecar-core` (settings, names) and on the admission types alone, never on the
-//! sidecar's library, the AWS SDK or a PostgreSQL client.
+//! The mutation is a pure function, [`inject`](inject::inject): a pod goes in, an add-only JSON patch or a
+//! rejection comes out. The server around it ([`server`]) and the offline command both call that function and
+//! nothing else. The crate depends on `pgsidecar-core` for settings and names, never on the sidecar's library, the
+//! AWS SDK or a PostgreSQL client.
+
+pub mod inject;

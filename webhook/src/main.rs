@@ -1,0 +1,3 @@
+//! `pgsidecar-webhook`.
+
+fn main() {}
