@@ -9,7 +9,8 @@
 ARG DEBIAN=docker.io/library/debian:trixie-slim
 # The version of Rust is the one of rust-toolchain.toml (`make check` compares them); that file itself stays outside (.dockerignore),
 # because it asks for tools that no build needs.
-ARG RUST=docker.io/library/rust:1.95.0-slim-trixie
+# On the Debian before the final stage's: drills and extracts run pgsidecar in the database's own image, which may have an older C library.
+ARG RUST=docker.io/library/rust:1.95.0-slim-bookworm
 # The newest PostgreSQL: pg_dump dumps servers of its own version and older ones, back to 9.2, and refuses newer ones. Only the client
 # programs are taken from there, and libpq.
 ARG POSTGRES=docker.io/library/postgres:18-trixie
@@ -66,7 +67,7 @@ RUN set -eu; \
     apt-get update; \
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         ca-certificates libgssapi-krb5-2 libldap2 liblz4-1 libreadline8t64 libssl3t64 libzstd1 zlib1g; \
-    rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/* /var/log/apt /var/log/dpkg.log /var/log/alternatives.log; \
+    rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/cache/ldconfig/* /var/lib/dpkg/status-old /var/log/apt /var/log/dpkg.log /var/log/alternatives.log; \
     # It reads PostgreSQL's data directory, which is open to its owner alone: by default the user of the official image on Debian.
     # Others by the pod's runAsUser, docker's --user.
     groupadd --gid 999 pgsidecar; \

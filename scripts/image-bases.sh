@@ -2,8 +2,8 @@
 # Stand-ins for the base images, where no registry of images can be reached: made of Debian's packages and of the Rust that is here.
 #
 #   localhost/pgsidecar-base-debian      for debian:trixie-slim: a minimal Debian 13 without documentation, as that is
-#   localhost/pgsidecar-base-rust        for rust:slim-trixie: the same with gcc, and the toolchain of rust-toolchain.toml from rustup here
-#   localhost/pgsidecar-base-postgres    for postgres:18-trixie: the same with what is needed of PostgreSQL's client packages, from Debian
+#   localhost/pgsidecar-base-rust        for rust:slim-bookworm: Debian 12 with gcc, and the toolchain of rust-toolchain.toml from rustup here
+#   localhost/pgsidecar-base-postgres    for postgres:18-trixie: Debian 13 with what is needed of PostgreSQL's client packages, from Debian
 #                                        unstable, since Debian 13 has an older one
 #
 # Only those that are missing are made. As root, with buildah and debootstrap; STORAGE_DRIVER=vfs where there is no overlay.
@@ -26,9 +26,9 @@ commit() {
     log "made $BASE-$1"
 }
 
-if missing debian; then
-    debian_root trixie "$WORK/root" apt
-    # As the official one: no packages' files that dpkg's configuration below would leave out, and no lists.
+# slim SUITE: a container of a minimal Debian, as the official images are: without what their configuration of dpkg leaves out, and no lists.
+slim() {
+    debian_root "$1" "$WORK/root" apt
     printf 'path-exclude /usr/share/%s/*\n' doc info locale man >"$WORK/root/etc/dpkg/dpkg.cfg.d/docker"
     echo 'path-include /usr/share/doc/*/copyright' >>"$WORK/root/etc/dpkg/dpkg.cfg.d/docker"
     find "$WORK/root/usr/share/doc" -type f ! -name copyright -delete
@@ -37,14 +37,18 @@ if missing debian; then
     container=$(buildah from scratch)
     buildah add --quiet "$container" "$WORK/root" / >/dev/null
     buildah config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
-    commit debian "$container"
     remove_debian_root "$WORK/root"
+}
+
+if missing debian; then
+    slim trixie
+    commit debian "$container"
 fi
 
 if missing rust; then
     # In the project's folder, for its pinned toolchain.
     toolchain=$(cd "$ROOT" && rustc --print sysroot)
-    container=$(buildah from --pull-never "$BASE-debian")
+    slim bookworm
     buildah run "$container" -- sh -euc 'export DEBIAN_FRONTEND=noninteractive; apt-get update -qq; apt-get install -qq -y --no-install-recommends gcc libc6-dev ca-certificates >/dev/null'
     for part in bin lib; do buildah add --quiet "$container" "$toolchain/$part" "/usr/local/$part" >/dev/null; done
     buildah config --env CARGO_HOME=/usr/local/cargo "$container"

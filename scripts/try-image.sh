@@ -60,10 +60,10 @@ buildah)
     [[ $EUID -eq 0 ]] || die "with buildah this needs root (or: buildah unshare $0)"
     CONTAINER=$(buildah from --pull-never "$IMAGE")
     MOUNTED=$(buildah mount "$CONTAINER")
-    # in_image PROGRAM ARGUMENT...: entered as the kubelet would start it. The mounts go with the process.
-    in_image() {
+    # enter PROGRAM ARGUMENT...: becomes that, as the kubelet would start it. The mounts go with the process.
+    enter() {
         # shellcheck disable=SC2016 # the inner shell expands it
-        unshare --mount -- sh -euc '
+        exec unshare --mount -- sh -euc '
             root=$1 volume=$2; shift 2
             mount --bind "$root" "$root"; mount --rbind /dev "$root/dev"; mount -t proc proc "$root/proc"
             mount --bind "$volume" "$root/mnt"; mount -o remount,bind,ro "$root"
@@ -71,8 +71,14 @@ buildah)
             sh "$MOUNTED" "$WORK/volume" "${SETTINGS[@]}" \
             chroot "$MOUNTED" setpriv --reuid=999 --regid=999 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
     }
-    start_daemon() { in_image pgsidecar run >"$WORK/daemon.log" 2>&1 & DAEMON=$!; }
-    stop_daemon() { kill "$DAEMON" && wait "$DAEMON"; DAEMON=''; }
+    in_image() { (enter "$@"); }
+    start_daemon() { enter pgsidecar run >"$WORK/daemon.log" 2>&1 & DAEMON=$!; }
+    stop_daemon() {
+        local daemon=$DAEMON
+        DAEMON=''
+        kill "$daemon"
+        wait "$daemon" || die "the daemon ended with $?: see $WORK/daemon.log"
+    }
     get() { cp "$MOUNTED$1" "$2"; }
     size() { du --summarize --bytes --one-file-system "$MOUNTED" | cut -f 1; }
     configured() { buildah inspect --format "{{.OCIv1.Config.User}} {{.OCIv1.Config.Entrypoint}} {{.OCIv1.Config.Cmd}}" --type image "$IMAGE"; }
@@ -106,6 +112,10 @@ done
 in_image pgsidecar-webhook --version >/dev/null || die "pgsidecar-webhook doesn't answer"
 for program in pgsidecar pgsidecar-wal pgsidecar-webhook; do get "/usr/local/bin/$program" "$WORK/$program"; done
 in_image pg_dump --version
+glibc=$(readelf --version-info "$WORK/pgsidecar" | grep -o 'GLIBC_[0-9.]*' | sort --version-sort | tail -n 1)
+[[ $(printf 'GLIBC_%s\n' 2.36 "${glibc#GLIBC_}" | sort --version-sort | tail -n 1) == GLIBC_2.36 ]] ||
+    die "pgsidecar needs $glibc: it doesn't run in database images on Debian 12"
+echo "pgsidecar runs from $glibc on"
 
 log "the daemon, and its helper on the volume"
 WAL_PORT=$(free_port)
