@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help check fmt fmt-check lint deny layers shell test test-garage demo memory bench tools clean
+.PHONY: help check fmt fmt-check lint deny layers shell dockerfile image try-image test test-garage demo memory bench tools clean
 
 # The demo's store: see scripts/demo.sh.
 STORE ?=
@@ -7,7 +7,7 @@ STORE ?=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-check: fmt-check layers shell deny lint ## all that needs no test run: format, layers, shell scripts, dependencies, clippy
+check: fmt-check layers shell dockerfile deny lint ## all that needs no test run: format, layers, shell scripts, dependencies, clippy
 
 fmt: ## format the code
 	cargo fmt --all
@@ -26,6 +26,15 @@ layers: ## no runtime in the core, no dependency in pgsidecar-wal
 
 shell: ## shellcheck
 	scripts/check-shell.sh
+
+dockerfile: ## the Dockerfile agrees with the workspace
+	scripts/check-dockerfile.sh
+
+image: ## build the container image, with buildah, docker or podman
+	scripts/build-image.sh
+
+try-image: ## start it read-only, take a dump with it and restore that
+	scripts/try-image.sh
 
 test: ## every test, with PostgreSQL 15 and 17 and an S3 server (set up by itself)
 	scripts/test.sh
