@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help check fmt fmt-check lint deny layers shell dockerfile image try-image test test-garage demo memory bench tools clean
+.PHONY: help check fmt fmt-check lint deny layers shell dockerfile manifests image try-image test test-garage demo memory bench tools clean
 
 # The demo's store: see scripts/demo.sh.
 STORE ?=
@@ -7,7 +7,7 @@ STORE ?=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-check: fmt-check layers shell dockerfile deny lint ## all that needs no test run: format, layers, shell scripts, dependencies, clippy
+check: fmt-check layers shell dockerfile manifests deny lint ## all that needs no test run: format, layers, scripts, image, manifests, dependencies, clippy
 
 fmt: ## format the code
 	cargo fmt --all
@@ -35,6 +35,9 @@ image: ## build the container image, with buildah, docker or podman
 
 try-image: ## start it read-only, take a dump with it and restore that
 	scripts/try-image.sh
+
+manifests: ## Kubernetes manifests and alerts, without a cluster
+	scripts/check-manifests.sh
 
 test: ## every test, with PostgreSQL 15 and 17 and an S3 server (set up by itself)
 	scripts/test.sh
@@ -65,6 +68,7 @@ tools: ## only set up what check and test need
 	scripts/setup-s3s.sh
 	scripts/setup-nextest.sh
 	scripts/setup-deny.sh
+	scripts/setup-manifests.sh
 
 clean: ## remove what was built (not the tools)
 	cargo clean

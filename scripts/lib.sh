@@ -22,6 +22,9 @@ S3S_FS_VERSION=0.14.1
 GARAGE_VERSION=2.5.0
 CARGO_DENY_VERSION=0.20.2
 CARGO_NEXTEST_VERSION=0.9.143
+KUBERNETES_VALIDATE_VERSION=1.37.0
+PYYAML_VERSION=6.0.3
+KUBECTL_MINOR=1.27 # the first whose kustomize is version 5
 
 # Exit status of a set-up script that only lacks the rights: the caller may go on without that part. Any other failure is a failure.
 EXIT_NEEDS_ROOT=3
@@ -78,6 +81,20 @@ BENCH_POSTGRES=18 # benches/compare/run.rs has it too
 bench_root() { echo "${PGSIDECAR_BENCH_ROOT:-$(tool_dir bench)}"; }
 pg_bin_18() { echo "${PG_BIN_18:-$(bench_root)/usr/lib/postgresql/$BENCH_POSTGRES/bin}"; }
 nextest_dir() { echo "$(tool_dir "cargo-nextest-$CARGO_NEXTEST_VERSION")/bin"; }
+# For `make manifests`.
+promtool() { echo "${PROMTOOL:-$(tool_dir promtool)/promtool}"; }
+kubernetes_schemas() { tool_dir "kubernetes-validate-$KUBERNETES_VALIDATE_VERSION"; }
+kubectl_for_manifests() {
+    local installed
+    installed=$(command -v kubectl) && has_kustomize "$installed" && echo "$installed" && return
+    echo "$(tool_dir kubectl)/usr/bin/kubectl"
+}
+# has_kustomize KUBECTL: whether it is new enough.
+has_kustomize() {
+    local version
+    version=$("$1" version --client 2>/dev/null | sed -n 's/^Client Version: v\([0-9]*\.[0-9]*\).*/\1/p')
+    [[ -n $version && $(printf '%s\n' "$KUBECTL_MINOR" "$version" | sort -V | head -n 1) == "$KUBECTL_MINOR" ]]
+}
 cargo_deny() { echo "$(tool_dir "cargo-deny-$CARGO_DENY_VERSION")/bin/cargo-deny"; }
 
 # apt_install PACKAGE...: installs those that are missing.

@@ -14,7 +14,7 @@ use prometheus_client::{
 
 use pgsidecar_core::retention::{Growth, GrowthOf};
 
-use crate::{daemon::Status, failure::Failure, schedule::ScheduleStatus};
+use crate::{daemon::Status, failure::Failure, pgdata::Volume, schedule::ScheduleStatus};
 
 /// Renders what the status says.
 ///
@@ -91,6 +91,7 @@ pub fn render(status: &Status) -> Result<String, Failure> {
             ConstGauge::new(i64::try_from(directory.held_files).unwrap_or(i64::MAX)),
         );
     }
+    register_volumes(&mut registry, &status.volumes);
     if let Some(at) = status.last_backup.as_ref().map(|backup| backup.stopped_at) {
         registry.register(
             "last_backup_timestamp_seconds",
@@ -148,6 +149,25 @@ pub fn render(status: &Status) -> Result<String, Failure> {
     let mut text = String::new();
     encode(&mut text, &registry).map_err(Failure::internal)?;
     Ok(text)
+}
+
+/// The database's file systems, by what they hold.
+fn register_volumes(registry: &mut Registry, volumes: &[Volume]) {
+    type Value = fn(&Volume) -> u64;
+    let metrics: [(&str, &str, Value); 2] = [
+        ("volume_available_bytes", "What PostgreSQL can still write to the volume of its data or WAL", |volume| {
+            volume.available_bytes
+        }),
+        ("volume_size_bytes", "The size of that volume", |volume| volume.size_bytes),
+    ];
+    for (name, help, value) in metrics {
+        let family = Family::<Vec<(&str, &str)>, Gauge>::default();
+        for volume in volumes {
+            let bytes = i64::try_from(value(volume)).unwrap_or(i64::MAX);
+            family.get_or_create(&vec![("holds", volume.holds)]).set(bytes);
+        }
+        registry.register(name, help, family);
+    }
 }
 
 /// How the repository grows, by kind.

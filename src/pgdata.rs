@@ -9,6 +9,7 @@ use std::{
 };
 
 use pgsidecar_core::{ArchiveFileName, ControlFile, TimelineId};
+use serde::Serialize;
 
 use crate::failure::{Code, Failure};
 
@@ -32,6 +33,17 @@ pub struct Backlog {
     pub files: u64,
     /// Age of the oldest.
     pub oldest: Option<Duration>,
+}
+
+/// A file system that part of a database lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Volume {
+    /// What of the database is there: `data` or `wal`.
+    pub holds: &'static str,
+    /// Bytes that PostgreSQL can still write.
+    pub available_bytes: u64,
+    /// Its size in bytes.
+    pub size_bytes: u64,
 }
 
 /// What tells a file from another that comes to lie under its name, and from itself once it is written to.
@@ -278,6 +290,18 @@ impl DataDirectory {
             backlog.oldest = backlog.oldest.max(age);
         }
         Ok(backlog)
+    }
+
+    /// The file systems of the data directory and of its WAL, which may be one; those that don't tell are left out.
+    pub fn volumes(&self) -> Vec<Volume> {
+        let places = [("data", self.path.clone()), ("wal", self.wal())];
+        let told = places.into_iter().filter_map(|(holds, place)| Some((holds, rustix::fs::statvfs(&place).ok()?)));
+        told.map(|(holds, stat)| Volume {
+            holds,
+            available_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
+            size_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
+        })
+        .collect()
     }
 }
 

@@ -396,7 +396,7 @@ GRANT EXECUTE ON FUNCTION pg_switch_wal(), pg_create_restore_point(text) TO pgsi
       \"Action\": [\"s3:ListBucket\", \"s3:ListBucketMultipartUploads\"],
       \"Resource\": \"arn:aws:s3:::BUCKET\" },
     { \"Effect\": \"Allow\",
-      \"Action\": [\"s3:GetObject\", \"s3:PutObject\", \"s3:AbortMultipartUpload\", \"s3:ListMultipartUploadParts\"],
+      \"Action\": [\"s3:GetObject\", \"s3:PutObject\", \"s3:AbortMultipartUpload\"],
       \"Resource\": \"arn:aws:s3:::BUCKET/PREFIX/*\" },
     { \"Effect\": \"Allow\",                                                      -- optional: remains of interrupted backups; 'prune'
       \"Action\": [\"s3:DeleteObject\"],

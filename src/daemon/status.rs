@@ -10,6 +10,7 @@ use super::{App, FailedDump, LastDump, Work};
 use crate::{
     failure::{Code, Failure},
     jobs::Snapshot,
+    pgdata::Volume,
     repository::Repository,
     schedule::ScheduleStatus,
     store::ConditionalCreation,
@@ -72,6 +73,8 @@ pub struct Status {
     pub conditional_creation: Option<String>,
     /// WAL archiving.
     pub archive: ArchiveStatus,
+    /// The file systems of data directory and WAL; empty without a data directory.
+    pub volumes: Vec<Volume>,
     /// The newest complete backup; unknown while the store can't be reached.
     pub last_backup: Option<LastBackup>,
     /// The newest complete dump; unknown while the store can't be reached.
@@ -130,6 +133,7 @@ impl App {
                 directory: None,
                 statistics: self.archiver.statistics(),
             },
+            volumes: Vec::new(),
             last_backup: None,
             last_dump: None,
             last_dump_failure: None,
@@ -174,6 +178,7 @@ impl Work {
             }
             Err(failure) => status.problems.push(failure),
         }
+        status.volumes = pgdata.volumes();
         if let Ok(backlog) = pgdata.backlog() {
             status.archive.backlog_files = Some(backlog.files);
             status.archive.oldest_ready_seconds = backlog.oldest.map(|age| age.as_secs());

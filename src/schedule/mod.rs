@@ -23,6 +23,7 @@ use crate::{
     failure::{Code, Failure},
     jobs::{Job, Outcome},
     postgres::Session,
+    wal::{self, verify::VerifyOptions},
 };
 
 pub use status::{LastFailure, LastSuccess, ScheduleStatus, Scheduler};
@@ -140,11 +141,24 @@ async fn run_task(app: &Arc<App>, task: Task, slot: Slot) -> Result<String, Fail
             let found = backup::verify::verify(&app.repository()?, None, 0, &Arc::default()).await?;
             let bad: Vec<String> =
                 found.backups.iter().filter(|one| !one.ok).map(|one| one.backup.to_string()).collect();
-            if found.ok && bad.is_empty() {
-                return Ok(format!("{} backups are whole", found.backups.len()));
+            if !found.ok || !bad.is_empty() {
+                return Err(Failure::new(
+                    Code::Damaged,
+                    format!("these backups can't be restored: {}", bad.join(", ")),
+                )
+                .hint("'pgsidecar backup verify' tells what is missing or damaged. Take a full backup."));
             }
-            Err(Failure::new(Code::Damaged, format!("these backups can't be restored: {}", bad.join(", ")))
-                .hint("'pgsidecar backup verify' tells what is missing or damaged. Take a full backup."))
+            // Without a backup no WAL is needed.
+            if found.backups.is_empty() {
+                return Ok("there is no backup".to_owned());
+            }
+            let options = VerifyOptions { timeline: None, readers: 0 };
+            let archive = wal::verify::verify(&app.repository()?, options, &Arc::default()).await?;
+            if !archive.ok {
+                return Err(Failure::new(Code::Damaged, "WAL is missing in the repository that restores could need")
+                    .hint("'pgsidecar wal verify' tells what is missing and which backups it cuts short. Take a full backup: restores to later moments then don't need it."));
+            }
+            Ok(format!("{} backups are whole, and so is the WAL behind them", found.backups.len()))
         }
         Task::Dump => {
             let record = ended(&app.start_dump(DumpRequest::default())?).await?;

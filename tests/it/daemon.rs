@@ -12,7 +12,8 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
-    Postgres, Proxy, Repository, Scratch, Sidecar, Way, beside, connect, free_port, head, told, wait_until,
+    self, Postgres, Proxy, Repository, Scratch, Sidecar, Way, beside, command, connect, free_port, head, told,
+    wait_until,
 };
 
 const MB: u32 = 1 << 20;
@@ -84,6 +85,13 @@ fn when_all_is_well_it_is_not_degraded_pg15() {
     assert_eq!(sidecar.put(NAME, &postgres.segment(NAME, MB, 1)).status, 200);
     assert_eq!(sidecar.metric("pgsidecar_degraded"), "0");
     assert_eq!(sidecar.json(&["status"])["state"], "ok");
+    let size = support::run(command("df").args(["--block-size=1", "--output=size"]).arg(&postgres.data));
+    for holds in ["data", "wal"] {
+        let told = |name: &str| sidecar.metric(&format!("pgsidecar_volume_{name}_bytes{{holds=\"{holds}\"}}"));
+        assert_eq!(told("size"), size.lines().last().unwrap().trim());
+        let (available, size) = (told("available").parse::<u64>().unwrap(), told("size").parse::<u64>().unwrap());
+        assert!((1..=size).contains(&available), "{available} of {size}");
+    }
     let ping = sidecar.wal(&postgres, &["ping"]);
     assert!(ping.status.success(), "{}", told(&ping));
 }

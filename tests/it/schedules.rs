@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use crate::{
     failover::{promote, standby_of},
     support::{
-        Postgres, Repository, Scratch, Sidecar, beside, give_to_servers, restoring::archiving_configured, wait_until,
+        Look, Postgres, Repository, Scratch, Sidecar, beside, give_to_servers,
+        restoring::{archiving_configured, back_up, ship_wal},
+        wait_until,
     },
 };
 
@@ -185,6 +187,31 @@ fn a_run_that_fails_is_tried_again_until_it_succeeds_pg15() {
     assert_eq!(done["last_success"]["scheduled_for"], json!(then));
     assert_eq!(sidecar.json(&["backup", "list"]).as_array().unwrap().len(), 1);
     assert_eq!(sidecar.metric("pgsidecar_schedule_consecutive_failures{task=\"full\"}"), "0");
+}
+
+#[test]
+fn a_hole_in_the_wal_behind_a_whole_backup_fails_the_verification_pg15() {
+    let scratch = Scratch::new();
+    let repository = Repository::directory(&scratch);
+    let (postgres, mut sidecar) = archiving_configured(&scratch, 15, &["--wal-segsize=1"], &repository, SOON);
+    back_up(&sidecar);
+    ship_wal(&postgres);
+    let lost = ship_wal(&postgres);
+    ship_wal(&postgres);
+    sidecar.stop();
+    let look = Look::into(&repository);
+    let (key, _) = look.keys().into_iter().find(|(key, _)| key.as_str().contains(&lost)).unwrap();
+    look.remove(&key);
+    let (cron, _) = half_an_hour_ago();
+    schedule(&mut sidecar, &[("VERIFY", &cron)]);
+    seen_days_ago(&scratch, &postgres, "verify", &cron);
+    sidecar.start();
+    wait_until("it fails", PATIENCE, || task(&sidecar, "verify")["failures"] == 1);
+    let failed = task(&sidecar, "verify");
+    assert_eq!(failed["last_failure"]["code"], "damaged", "{failed}");
+    assert!(failed.to_string().contains("WAL is missing"), "{failed}");
+    assert_eq!(sidecar.metric("pgsidecar_schedule_consecutive_failures{task=\"verify\"}"), "1");
+    assert_eq!(sidecar.json(&["backup", "verify"])["ok"], true);
 }
 
 #[test]
