@@ -6,7 +6,7 @@ use clap::Args;
 use jiff::tz::TimeZone;
 use pgsidecar_core::{
     ClusterName,
-    schedule::{CronExpression, Schedule, Task},
+    schedule::{CronExpression, Schedule, Task, parse_time_zone},
     settings::parse_duration,
 };
 
@@ -103,12 +103,12 @@ pub struct RawSchedules {
 impl RawSchedules {
     /// The schedules of this cluster; none where its name is wrong.
     pub(super) fn resolve(&self, resolver: &mut Resolver, cluster: Option<&ClusterName>) -> BTreeMap<Task, Schedule> {
-        let zone = |text: &str| {
-            let zone = TimeZone::get(text).ok().filter(|zone| zone.iana_name().is_some());
-            zone.ok_or_else(|| format!("{text:?} is not a time zone's name, like Europe/Berlin or UTC"))
-        };
-        let zone =
-            resolver.value("PGSIDECAR_SCHEDULE_TIME_ZONE", self.schedule_time_zone.as_ref(), TimeZone::UTC, zone);
+        let zone = resolver.value(
+            "PGSIDECAR_SCHEDULE_TIME_ZONE",
+            self.schedule_time_zone.as_ref(),
+            TimeZone::UTC,
+            parse_time_zone,
+        );
         let default = Duration::from_secs(300);
         let jitter = resolver.value("PGSIDECAR_SCHEDULE_JITTER", self.schedule_jitter.as_ref(), default, |text| {
             match parse_duration(text) {

@@ -7,3 +7,4 @@
 //! AWS SDK or a PostgreSQL client.
 
 pub mod inject;
+pub mod offline;

@@ -14,7 +14,7 @@ use std::{fmt, str::FromStr, time::Duration};
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use serde::{Deserialize, Serialize};
 
-use crate::{ParseIdError, chain::BackupType, content::Sha256Digest};
+use crate::{ParseIdError, chain::BackupType, content::Sha256Digest, settings::InvalidValue};
 
 pub use cron::{CronExpression, InvalidCron};
 pub use record::{RUN_FORMAT, RunId, RunOutcome, RunRecord};
@@ -79,6 +79,15 @@ impl FromStr for Task {
         let task = Task::ALL.into_iter().find(|task| task.to_string() == text);
         task.ok_or_else(|| ParseIdError::new("task (full, differential, incremental, dump, verify or prune)", text))
     }
+}
+
+/// The time zone of this name in the tz database, as far as the program has that.
+///
+/// # Errors
+/// If there is none.
+pub fn parse_time_zone(text: &str) -> Result<TimeZone, InvalidValue> {
+    let zone = TimeZone::get(text).ok().filter(|zone| zone.iana_name().is_some());
+    zone.ok_or_else(|| InvalidValue::new(text, "a time zone's name, like Europe/Berlin or UTC"))
 }
 
 /// When something is to be done.

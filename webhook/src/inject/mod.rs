@@ -1,7 +1,43 @@
 //! What is added to a pod.
+//!
+//! One pure function, [`inject`]. It works on JSON throughout: typed pods lose the fields that their types don't know.
+//! It only ever adds (but for a grace period that is too short), and what it has added it recognizes: a second call, as
+//! the API server makes it after other webhooks, adds what is still missing, which mostly is nothing.
+
+mod annotations;
+mod command;
+mod container;
+mod environment;
+mod images;
+mod network;
+mod patch;
+mod resources;
+mod sidecar;
+mod user;
+mod view;
+mod volumes;
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value, json};
+
+use annotations::Wishes;
+use patch::Patch;
+use sidecar::{Common, PREPARE, SIDECAR};
+use view::{annotation, containers, has_annotation, init_containers, position, text};
+
+/// The label that asks for an injection, with the value `true`.
+pub const LABEL: &str = "pgsidecar.dev/inject";
+/// Our note on a pod that was injected: one line of JSON.
+pub const STATUS: &str = "pgsidecar.dev/status";
+
+/// The grace period that a pod gets at least, in seconds: PostgreSQL's end, and then its last WAL.
+const GRACE_SECONDS: u64 = 180;
+/// What the API asks of each warning's length, in characters.
+const LONGEST_WARNING: usize = 120;
+/// What `kubectl logs` and `kubectl exec` take if nothing is said.
+const DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
+/// The versions of PostgreSQL that pgsidecar knows.
+const VERSIONS: std::ops::RangeInclusive<u32> = 14..=18;
 
 /// What the webhook was told; the pod's annotations outrank it where they can.
 #[derive(Clone, Debug)]
@@ -12,6 +48,24 @@ pub struct Settings {
     pub native_sidecars: bool,
     /// The Secret in the pod's namespace that holds the sidecar's settings, unless an annotation names another.
     pub config_secret: String,
+}
+
+/// How the sidecar runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// As an init container that is restarted, which ends after the main containers.
+    Native,
+    /// As a main container.
+    Classic,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Mode::Native => "native",
+            Mode::Classic => "classic",
+        }
+    }
 }
 
 /// One operation of the patch (RFC 6902). There are no others: nothing that the pod has is changed or removed.
@@ -48,11 +102,258 @@ pub struct Rejection {
     pub remedy: String,
 }
 
-/// What has to be added to `pod`, which is or will be in `namespace`.
+impl Rejection {
+    fn new(problem: impl Into<String>, remedy: impl Into<String>) -> Rejection {
+        Rejection { problem: problem.into(), remedy: remedy.into() }
+    }
+}
+
+/// Whether the pod asks for it: its label [`LABEL`] is `true`.
+pub fn is_labelled(pod: &Value) -> bool {
+    let labels = pod.get("metadata").and_then(|metadata| metadata.get("labels"));
+    labels.and_then(|labels| labels.get(LABEL)) == Some(&json!("true"))
+}
+
+/// What has to be added to `pod`, which is or will be in `namespace`. Nothing, if it isn't labelled.
 ///
 /// # Errors
 /// If the pod can't be backed up as it is, with what to change.
 pub fn inject(pod: &Value, namespace: &str, settings: &Settings) -> Result<Injection, Rejection> {
-    let _ = (pod, namespace, settings);
-    Ok(Injection::default())
+    if !is_labelled(pod) {
+        return Ok(Injection::default());
+    }
+    view::check_shape(pod)?;
+    let wishes = Wishes::read(pod)?;
+    check_pod(pod)?;
+    let plan = Plan::make(pod, &wishes, settings)?;
+    let mut warnings = Vec::new();
+    let patch = plan.apply(pod, &mut warnings);
+    for warning in &mut warnings {
+        if warning.chars().count() > LONGEST_WARNING {
+            *warning = warning.chars().take(LONGEST_WARNING - 1).chain(['…']).collect();
+        }
+    }
+    let audit = vec![
+        ("mode", plan.mode.name().to_owned()),
+        ("container", plan.name.clone()),
+        ("config-secret", format!("{namespace}/{}", plan.config_secret)),
+        ("operations", patch.len().to_string()),
+    ];
+    Ok(Injection { patch, warnings, audit })
+}
+
+/// What has nothing to do with PostgreSQL's container.
+fn check_pod(pod: &Value) -> Result<(), Rejection> {
+    let system = pod.get("spec").and_then(|spec| text(spec.get("os")?, "name"));
+    if system.is_some_and(|system| system.eq_ignore_ascii_case("windows")) {
+        return Err(Rejection::new(
+            "the pod is for Windows",
+            "Take the label pgsidecar.dev/inject out of its template.",
+        ));
+    }
+    network::check_ports(pod)?;
+    if has_annotation(pod, STATUS) {
+        let status = annotation(pod, STATUS).map(serde_json::from_str::<Map<String, Value>>);
+        return if matches!(status, Some(Ok(_))) {
+            Ok(())
+        } else {
+            Err(Rejection::new(
+                format!("the annotation {STATUS} isn't what pgsidecar writes there"),
+                "Take it out of the pod template: it's pgsidecar's own note.",
+            ))
+        };
+    }
+    let ours = |list: &[Value]| [SIDECAR, PREPARE].into_iter().find(|name| position(list, name).is_some());
+    match ours(containers(pod)).or_else(|| ours(init_containers(pod))) {
+        None => Ok(()),
+        Some(name) => Err(Rejection::new(
+            format!("the pod has a container {name:?} that wasn't injected"),
+            "If it's written by hand, take the label pgsidecar.dev/inject out of the pod template; otherwise give it another name.",
+        )),
+    }
+}
+
+/// All that was found out about a pod.
+struct Plan<'a> {
+    wishes: &'a Wishes,
+    mode: Mode,
+    /// Where PostgreSQL's container is.
+    index: usize,
+    name: String,
+    pgdata: String,
+    identity: user::Identity,
+    arguments: Vec<String>,
+    config_secret: &'a str,
+    image: &'a str,
+    /// The data are lost with the pod.
+    ephemeral: bool,
+}
+
+impl<'a> Plan<'a> {
+    fn make(pod: &Value, wishes: &'a Wishes, settings: &'a Settings) -> Result<Plan<'a>, Rejection> {
+        let index = container::find(pod, wishes.container.as_deref())?;
+        let container = &containers(pod)[index];
+        let image = text(container, "image").and_then(images::look_up);
+        let image = image.as_ref();
+        if let Some(major) = image.and_then(|image| image.major).filter(|major| !VERSIONS.contains(major)) {
+            return Err(Rejection::new(
+                format!("PostgreSQL {major} isn't supported, only {} to {}", VERSIONS.start(), VERSIONS.end()),
+                "Upgrade one of the two, or take the label pgsidecar.dev/inject out of the pod template.",
+            ));
+        }
+        volumes::check_names(pod, container)?;
+        let pgdata = volumes::pgdata(container, wishes, image)?;
+        let ephemeral = volumes::check_pgdata(pod, container, &pgdata, image)?;
+        let identity = user::find(pod, container, wishes, image)?;
+        if let Some(asked) = wishes.restores().filter(|_| image.is_some_and(|image| image.deletes_recovery_signal)) {
+            return Err(Rejection::new(
+                format!(
+                    "{asked}: this image deletes recovery.signal whenever it starts, so nothing can be restored for it"
+                ),
+                "Take the annotation out, or use the official image.",
+            ));
+        }
+        let arguments = if wishes.skips_arguments { Vec::new() } else { command::complete(container, image)?.append };
+        network::check_mesh(pod, container)?;
+        // A pod that was injected stays as it is, whatever the settings say by now.
+        let was = if position(containers(pod), SIDECAR).is_some() {
+            Some(Mode::Classic)
+        } else {
+            position(init_containers(pod), SIDECAR).map(|_| Mode::Native)
+        };
+        let auto = if settings.native_sidecars { Mode::Native } else { Mode::Classic };
+        Ok(Plan {
+            wishes,
+            mode: was.or(wishes.mode).unwrap_or(auto),
+            index,
+            name: text(container, "name").unwrap_or("").to_owned(),
+            pgdata,
+            identity,
+            arguments,
+            config_secret: wishes.config_secret.as_deref().unwrap_or(&settings.config_secret),
+            image: wishes.image.as_deref().unwrap_or(&settings.image),
+            ephemeral,
+        })
+    }
+
+    fn apply(&self, pod: &Value, warnings: &mut Vec<String>) -> Vec<Operation> {
+        let mut patch = Patch::new(pod);
+        let container = &containers(pod)[self.index];
+        if self.ephemeral {
+            warnings
+                .push(format!("PGDATA {} isn't on a persistent volume: the data are lost with the pod", self.pgdata));
+        }
+        if self.wishes.skips_arguments {
+            warnings.push(
+                "postgresql.conf has to set archive_mode, archive_command and restore_command: docs/injection.md"
+                    .into(),
+            );
+        }
+        patch.append(&["spec", "volumes"], volumes::missing(pod));
+        self.add_fs_group(&mut patch, warnings);
+        self.add_grace(&mut patch);
+        self.add_to_postgres(&mut patch, container);
+
+        let environment = environment::compose(container, &self.pgdata, self.wishes, self.config_secret);
+        for name in &environment.secrets {
+            warnings
+                .push(format!("{name} has its value in the pod itself and isn't copied to pgsidecar: use a Secret"));
+        }
+        let (mounts, left_out) = volumes::mounts(container);
+        for path in left_out {
+            warnings.push(format!(
+                "what is mounted at {path} isn't in pgsidecar's containers: it would hide their programs"
+            ));
+        }
+        let chosen = resources::choose(pod, self.wishes.resources.as_ref());
+        if chosen.loses_guaranteed {
+            warnings.push(
+                "pgsidecar.dev/resources: the pod isn't Guaranteed any more, as limits and requests differ".into(),
+            );
+        }
+        let common = Common {
+            image: self.image,
+            identity: self.identity,
+            environment: &environment,
+            mounts: &mounts,
+            resources: chosen.requirements.as_ref(),
+        };
+        self.add_containers(&mut patch, &common);
+        self.annotate(&mut patch);
+        patch.into_operations()
+    }
+
+    /// Our containers aren't root, and a volume that belongs to root takes nothing from others.
+    fn add_fs_group(&self, patch: &mut Patch, warnings: &mut Vec<String>) {
+        if self.wishes.skips_fs_group || user::has_fs_group(patch.pod()) {
+            return;
+        }
+        let group = if self.identity.group == 0 { self.identity.user } else { self.identity.group };
+        let mut members = Map::from_iter([("fsGroup".to_owned(), json!(group))]);
+        if patch.pod().pointer("/spec/securityContext/fsGroupChangePolicy").is_none_or(Value::is_null) {
+            members.insert("fsGroupChangePolicy".into(), json!("OnRootMismatch"));
+        }
+        patch.set(&["spec", "securityContext"], members);
+        warnings.push(format!(
+            "fsGroup {group} was added, so that pgsidecar can write to the volumes; see docs/injection.md"
+        ));
+    }
+
+    /// The one value that is raised: the API server has filled in 30 seconds before we see the pod.
+    fn add_grace(&self, patch: &mut Patch) {
+        let wanted = self.wishes.grace_seconds.unwrap_or(GRACE_SECONDS);
+        let there = patch.pod().pointer("/spec/terminationGracePeriodSeconds").and_then(Value::as_u64);
+        if there.is_none_or(|there| there < wanted) {
+            patch.set(&["spec"], Map::from_iter([("terminationGracePeriodSeconds".to_owned(), json!(wanted))]));
+        }
+    }
+
+    fn add_to_postgres(&self, patch: &mut Patch, container: &Value) {
+        let index = self.index.to_string();
+        let path = ["spec", "containers", &index];
+        let arguments = self.arguments.iter().map(|argument| json!(argument)).collect();
+        patch.append(&[&path[..], &["args"]].concat(), arguments);
+        let mount = volumes::missing_helper_mount(container);
+        patch.append(&[&path[..], &["volumeMounts"]].concat(), mount.into_iter().collect());
+    }
+
+    fn add_containers(&self, patch: &mut Patch, common: &Common<'_>) {
+        let sidecar = common.sidecar(self.mode, network::port_name(patch.pod()), network::HEALTH_PORT);
+        let mut wanted = vec![("initContainers", common.prepare())];
+        match self.mode {
+            Mode::Native => wanted.push(("initContainers", sidecar)),
+            Mode::Classic => wanted.push(("containers", sidecar)),
+        }
+        let mut init = Vec::new();
+        for (list, container) in wanted {
+            let name = text(&container, "name").unwrap_or("");
+            let there = if list == "containers" { containers(patch.pod()) } else { init_containers(patch.pod()) };
+            match position(there, name) {
+                Some(index) => sidecar::reconcile(patch, &["spec", list, &index.to_string()], &container),
+                None if list == "initContainers" => init.push(container),
+                // The kubelet starts them in their order, each after the other's hook.
+                None => patch.insert(&["spec", list], 0, container),
+            }
+        }
+        patch.append(&["spec", "initContainers"], init);
+    }
+
+    fn annotate(&self, patch: &mut Patch) {
+        let mut annotations = Map::new();
+        if self.mode == Mode::Classic && !has_annotation(patch.pod(), DEFAULT_CONTAINER) {
+            annotations.insert(DEFAULT_CONTAINER.into(), json!(self.name));
+        }
+        if !has_annotation(patch.pod(), STATUS) {
+            // Written by hand: the order of the members is promised.
+            let status = format!(
+                r#"{{"mode":"{}","container":{},"image":{},"version":"{}"}}"#,
+                self.mode.name(),
+                json!(self.name),
+                json!(self.image),
+                env!("CARGO_PKG_VERSION")
+            );
+            annotations.insert(STATUS.into(), json!(status));
+        }
+        patch.set(&["metadata", "annotations"], annotations);
+    }
 }

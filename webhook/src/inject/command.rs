@@ -1,0 +1,298 @@
+//! PostgreSQL's command line: what the pod says, and what has to be added.
+//!
+//! Flags outrank what a configuration file and `ALTER SYSTEM` say, so the line is where archiving is switched on. But
+//! they have to reach `postgres`: where it can't be seen that they do, nothing is added and the pod is refused.
+
+use serde_json::Value;
+
+use super::{
+    Rejection,
+    images::{Image, Start},
+    view::texts,
+};
+
+/// What is added: PostgreSQL's settings.
+pub(super) const SETTINGS: [(&str, &str); 4] = [
+    ("archive_mode", "on"),
+    ("archive_command", "/pgsidecar/pgsidecar-wal archive %p"),
+    ("archive_timeout", "5min"),
+    ("restore_command", "/pgsidecar/pgsidecar-wal restore %f %p"),
+];
+
+/// What the line says of a database.
+#[derive(Debug, PartialEq, Eq, Default)]
+pub(super) struct Line {
+    /// What has to be appended to `args`.
+    pub(super) append: Vec<String>,
+}
+
+/// What has to be appended to the container's `args`.
+///
+/// # Errors
+/// If flags that are appended don't reach PostgreSQL, or others are there that contradict.
+pub(super) fn complete(container: &Value, image: Option<&Image>) -> Result<Line, Rejection> {
+    let (command, args) = (texts(container, "command"), texts(container, "args"));
+    let mut append: Vec<String> = Vec::new();
+    let line = [command.as_slice(), &args].concat();
+    let flags = match (command.is_empty(), args.is_empty(), image.map(|image| image.start)) {
+        (_, _, Some(Start::Patroni)) => {
+            return Err(unreachable(
+                "Patroni configures PostgreSQL in this image, its command line isn't ours to change",
+            ));
+        }
+        (_, _, Some(Start::Splits)) => {
+            return Err(unreachable("this image's run.sh splits the flags of PostgreSQL at their spaces"));
+        }
+        (true, true, Some(Start::Entrypoint(default))) => {
+            append.extend(default.iter().map(ToString::to_string));
+            flags_of(default, true)
+        }
+        (true, true, None) => return Err(unreachable("the image isn't known, and it can't be told what it starts")),
+        (has_entrypoint, _, _) => flags_of(&line, has_entrypoint),
+    };
+    let Some(flags) = flags else {
+        let line: String = line.join(" ").chars().take(80).collect();
+        return Err(unreachable(&format!("the container's command {line:?} isn't PostgreSQL's own")));
+    };
+    let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
+    let given = settings(&flags).map_err(|odd| {
+        unreachable(&format!(
+            "after {:?} in the container's args PostgreSQL reads no flags",
+            odd.chars().take(80).collect::<String>()
+        ))
+    })?;
+    for (name, value) in SETTINGS {
+        if !check(&given, name, value)? {
+            append.extend(["-c".to_owned(), format!("{name}={value}")]);
+        }
+    }
+    check(&given, "archive_library", "")?;
+    Ok(Line { append })
+}
+
+/// The port that the line names.
+pub(super) fn port(container: &Value) -> Option<String> {
+    let (command, args) = (texts(container, "command"), texts(container, "args"));
+    let line = [command, args].concat();
+    let flags: Vec<String> = flags_of(&line, true)?.iter().map(ToString::to_string).collect();
+    let port = settings(&flags).ok()?.into_iter().rev().find(|(name, _)| name == "port").map(|(_, port)| port)?;
+    port.parse::<u16>().ok().map(|port| port.to_string())
+}
+
+/// What PostgreSQL has to be told where its command line isn't touched.
+pub(super) fn configuration() -> String {
+    let lines =
+        SETTINGS.map(
+            |(name, value)| {
+                if value.contains(' ') { format!("{name} = '{value}'") } else { format!("{name} = {value}") }
+            },
+        );
+    lines.join("; ")
+}
+
+/// The flags of a line that ends up as PostgreSQL's; `None` if it doesn't, or it can't be told.
+fn flags_of<'a, 'b>(line: &'a [&'b str], has_entrypoint: bool) -> Option<&'a [&'b str]> {
+    let program = |text: &str| text.rsplit('/').next().unwrap_or("").to_owned();
+    let (rest, has_entrypoint) = match line.split_first() {
+        Some((first, rest)) if program(first) == "docker-entrypoint.sh" => (rest, true),
+        _ => (line, has_entrypoint),
+    };
+    match rest.split_first() {
+        Some((first, flags)) if program(first) == "postgres" => Some(flags),
+        // The entrypoint puts `postgres` in front of flags.
+        Some((first, _)) if has_entrypoint && first.starts_with('-') => Some(rest),
+        _ => None,
+    }
+}
+
+/// Whether the setting is there as we want it.
+fn check(given: &[(String, String)], name: &str, wanted: &str) -> Result<bool, Rejection> {
+    let ours = |value: &str| match name {
+        // How often is the user's matter.
+        "archive_timeout" => true,
+        "archive_mode" => ["on", "true", "yes", "1"].contains(&value.to_ascii_lowercase().as_str()),
+        _ => value == wanted,
+    };
+    let values: Vec<&String> = given.iter().filter(|(given, _)| given == name).map(|(_, value)| value).collect();
+    match values.iter().find(|value| !ours(value)) {
+        Some(other) => {
+            let other: String = other.chars().take(80).collect();
+            Err(Rejection::new(
+                format!("PostgreSQL is started with {name} = {other:?} already"),
+                format!(
+                    "Take {name} out of the container's args, pgsidecar sets it; or, to keep it, say pgsidecar.dev/postgres-args: skip and set in postgresql.conf: {}.",
+                    configuration()
+                ),
+            ))
+        }
+        None => Ok(!values.is_empty()),
+    }
+}
+
+fn unreachable(problem: &str) -> Rejection {
+    Rejection::new(
+        problem,
+        format!(
+            "Start PostgreSQL with args: [postgres] and without a command of your own; or say pgsidecar.dev/postgres-args: skip and set in postgresql.conf: {}.",
+            configuration()
+        ),
+    )
+}
+
+/// The settings among PostgreSQL's flags, by their canonical names, in their order: `-c name=value`, `-cname=value`,
+/// `--name=value`, with dashes for underscores and in any case, as `PostmasterMain` reads them with `getopt`.
+///
+/// # Errors
+/// The text behind which no flag is read.
+fn settings(flags: &[String]) -> Result<Vec<(String, String)>, &str> {
+    // PostmasterMain's options that take a value (postmaster.c), of all versions.
+    const WITH_VALUE: &str = "BCcDdfhkNprStvW-";
+    let mut settings = Vec::new();
+    let mut flags = flags.iter();
+    while let Some(flag) = flags.next() {
+        let letters = flag.strip_prefix('-').filter(|letters| !["", "-"].contains(letters)).ok_or(flag.as_str())?;
+        let Some((index, letter)) = letters.char_indices().find(|(_, letter)| WITH_VALUE.contains(*letter)) else {
+            continue;
+        };
+        let attached = &letters[index + letter.len_utf8()..];
+        let value = if attached.is_empty() { flags.next().map_or("", String::as_str) } else { attached };
+        match letter {
+            'c' | '-' => {
+                let (name, value) = value.split_once('=').unwrap_or((value, ""));
+                settings.push((name.trim().replace('-', "_").to_ascii_lowercase(), value.to_owned()));
+            }
+            'p' => settings.push(("port".to_owned(), value.to_owned())),
+            _ => {}
+        }
+    }
+    Ok(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::inject::images::look_up;
+
+    const OURS: [&str; 8] = [
+        "-c",
+        "archive_mode=on",
+        "-c",
+        "archive_command=/pgsidecar/pgsidecar-wal archive %p",
+        "-c",
+        "archive_timeout=5min",
+        "-c",
+        "restore_command=/pgsidecar/pgsidecar-wal restore %f %p",
+    ];
+
+    fn appended(image: &str, container: Value) -> Result<Vec<String>, String> {
+        let image = look_up(image);
+        complete(&container, image.as_ref()).map(|line| line.append).map_err(|rejection| rejection.to_string())
+    }
+
+    fn with(first: &[&str]) -> Vec<String> {
+        first.iter().chain(&OURS).map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn flags_are_appended_where_they_reach_postgres() {
+        let known = "postgres:17";
+        assert_eq!(appended(known, json!({})), Ok(with(&["postgres"])));
+        assert_eq!(appended(known, json!({"args": [], "command": []})), Ok(with(&["postgres"])));
+        assert_eq!(
+            appended("apache/age:release_PG16_1.5.0", json!({})),
+            Ok(with(&["postgres", "-c", "shared_preload_libraries=age"]))
+        );
+        for image in [known, "registry.example.com/team/database:1"] {
+            for container in [
+                json!({"args": ["postgres"]}),
+                json!({"args": ["postgres", "-c", "max_connections=200"]}),
+                json!({"args": ["-c", "max_connections=200"]}),
+                json!({"args": ["docker-entrypoint.sh", "postgres"]}),
+                json!({"args": ["/usr/local/bin/docker-entrypoint.sh", "-N", "200"]}),
+                json!({"command": ["postgres"]}),
+                json!({"command": ["/usr/lib/postgresql/17/bin/postgres", "-D", "/data"]}),
+                json!({"command": ["docker-entrypoint.sh"], "args": ["postgres"]}),
+                json!({"command": ["docker-entrypoint.sh", "-c", "port=1"]}),
+            ] {
+                assert_eq!(appended(image, container.clone()), Ok(with(&[])), "{image} {container}");
+            }
+        }
+    }
+
+    #[test]
+    fn where_they_do_not_it_is_refused() {
+        let known = "postgres:17";
+        for (image, container) in [
+            ("registry.example.com/team/database:1", json!({})),
+            (known, json!({"command": ["sh", "-c", "exec docker-entrypoint.sh postgres"]})),
+            (known, json!({"command": ["/bin/bash"], "args": ["-c", "postgres"]})),
+            (known, json!({"command": ["docker-entrypoint.sh"]})),
+            (known, json!({"command": ["-c", "x=1"]})),
+            (known, json!({"args": ["pg_ctl", "start"]})),
+            (known, json!({"args": ["postgres", "--"]})),
+            (known, json!({"args": ["postgres", "-N", "5", "more"]})),
+            (known, json!({"args": ["sh", "-c", "postgres"]})),
+            ("bitnami/postgresql:17", json!({})),
+            ("bitnami/postgresql:17", json!({"args": ["postgres"]})),
+            ("ghcr.io/zalando/spilo-17:4.0-p2", json!({})),
+        ] {
+            let refused = appended(image, container.clone()).unwrap_err();
+            assert!(refused.contains("args: [postgres]") && refused.contains("postgres-args: skip"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn what_is_there_already_is_not_added_again() {
+        let all: Vec<String> = with(&["postgres"]);
+        assert_eq!(appended("postgres:17", json!({"args": all})), Ok(vec![]));
+        let args = json!(["-c", "archive_timeout=60", "--Archive-Mode=ON"]);
+        let expected: Vec<String> = [&OURS[2..4], &OURS[6..]].concat().iter().map(ToString::to_string).collect();
+        assert_eq!(appended("postgres:17", json!({"args": args})), Ok(expected));
+    }
+
+    #[test]
+    fn contradictions_are_found_in_every_spelling() {
+        for flags in [
+            vec!["-c", "archive_command=cp %p /archive/%f"],
+            vec!["-carchive_command=cp %p /archive/%f"],
+            vec!["--archive_command=cp %p /archive/%f"],
+            vec!["--archive-command=cp %p /archive/%f"],
+            vec!["--ARCHIVE-command=cp %p /archive/%f"],
+            vec!["-c", "Archive-Command=cp %p /archive/%f"],
+            vec!["-ic", "archive_command=cp %p /archive/%f"],
+            vec!["-N", "100", "-c", "archive_mode=always"],
+            vec!["-c", "archive_mode=off"],
+            vec!["-c", "archive_library=basic_archive"],
+            vec!["-c", "restore_command=cp /archive/%f %p"],
+            vec!["-c", "archive_mode=on", "-c", "archive_mode=off"],
+        ] {
+            let args: Vec<&str> = [vec!["postgres"], flags.clone()].concat();
+            let refused = appended("postgres:17", json!({"args": args})).unwrap_err();
+            assert!(refused.contains("already") && refused.contains("postgres-args: skip"), "{flags:?}: {refused}");
+        }
+        for flags in [
+            // The value of another flag, and other settings.
+            vec!["-D", "--archive_command=x"],
+            vec!["-c", "archive_cleanup_command=x"],
+            vec!["-c", "archive_library="],
+        ] {
+            let args: Vec<&str> = [vec!["postgres"], flags.clone()].concat();
+            assert_eq!(appended("postgres:17", json!({"args": args})), Ok(with(&[])), "{flags:?}");
+        }
+    }
+
+    #[test]
+    fn the_port_is_read_from_the_line() {
+        for (args, expected) in [
+            (json!(["postgres", "-p", "5433"]), Some("5433")),
+            (json!(["-p5433"]), Some("5433")),
+            (json!(["postgres", "--port=1", "-c", "port=5433"]), Some("5433")),
+            (json!(["postgres", "-p", "$(PORT)"]), None),
+            (json!(["postgres"]), None),
+        ] {
+            assert_eq!(port(&json!({"args": args})).as_deref(), expected, "{args}");
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Looking at a pod. It may come from anywhere, so nothing about its shape is believed.
+
+use serde_json::Value;
+
+use super::Rejection;
+
+/// The member that is a text.
+pub(super) fn text<'a>(value: &'a Value, name: &str) -> Option<&'a str> {
+    value.get(name)?.as_str()
+}
+
+/// The elements of the member that is a list; none if there is no such member.
+pub(super) fn items<'a>(value: &'a Value, name: &str) -> &'a [Value] {
+    value.get(name).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+/// The elements of the member that are texts.
+pub(super) fn texts<'a>(value: &'a Value, name: &str) -> Vec<&'a str> {
+    items(value, name).iter().filter_map(Value::as_str).collect()
+}
+
+/// The element that is called so.
+pub(super) fn named<'a>(list: &'a [Value], name: &str) -> Option<&'a Value> {
+    list.iter().find(|element| text(element, "name") == Some(name))
+}
+
+/// Where the element is that is called so.
+pub(super) fn position(list: &[Value], name: &str) -> Option<usize> {
+    list.iter().position(|element| text(element, "name") == Some(name))
+}
+
+/// A pod's annotation.
+pub(super) fn annotation<'a>(pod: &'a Value, name: &str) -> Option<&'a str> {
+    pod.get("metadata")?.get("annotations")?.get(name)?.as_str()
+}
+
+pub(super) fn containers(pod: &Value) -> &[Value] {
+    pod.get("spec").map_or(&[], |spec| items(spec, "containers"))
+}
+
+pub(super) fn init_containers(pod: &Value) -> &[Value] {
+    pod.get("spec").map_or(&[], |spec| items(spec, "initContainers"))
+}
+
+/// Whether the pod has this annotation, whatever its value.
+pub(super) fn has_annotation(pod: &Value, name: &str) -> bool {
+    let annotations = pod.get("metadata").and_then(|metadata| metadata.get("annotations"));
+    annotations.and_then(|annotations| annotations.get(name)).is_some()
+}
+
+/// Whether all is a list or an object that has to be one. The API server makes sure of it, but a file may hold anything.
+pub(super) fn check_shape(pod: &Value) -> Result<(), Rejection> {
+    object(pod, "metadata", "")?;
+    object(pod.get("metadata").unwrap_or(&Value::Null), "annotations", "metadata.")?;
+    let spec = pod.get("spec").filter(|spec| spec.is_object());
+    let spec = spec.ok_or_else(|| odd("spec", "an object"))?;
+    object(spec, "securityContext", "spec.")?;
+    list(spec, "volumes", "spec.")?;
+    for name in ["containers", "initContainers"] {
+        list(spec, name, "spec.")?;
+        for (index, container) in items(spec, name).iter().enumerate() {
+            let prefix = format!("spec.{name}[{index}].");
+            if !container.is_object() {
+                return Err(odd(prefix.trim_end_matches('.'), "an object"));
+            }
+            for name in ["args", "command", "env", "envFrom", "ports", "volumeMounts"] {
+                list(container, name, &prefix)?;
+            }
+            for name in ["args", "command"] {
+                if items(container, name).iter().any(|text| !text.is_string()) {
+                    return Err(odd(&format!("{prefix}{name}"), "a list of texts"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn object(parent: &Value, name: &str, prefix: &str) -> Result<(), Rejection> {
+    match parent.get(name) {
+        None | Some(Value::Null | Value::Object(_)) => Ok(()),
+        Some(_) => Err(odd(&format!("{prefix}{name}"), "an object")),
+    }
+}
+
+fn list(parent: &Value, name: &str, prefix: &str) -> Result<(), Rejection> {
+    match parent.get(name) {
+        None | Some(Value::Null | Value::Array(_)) => Ok(()),
+        Some(_) => Err(odd(&format!("{prefix}{name}"), "a list")),
+    }
+}
+
+fn odd(path: &str, expected: &str) -> Rejection {
+    Rejection::new(format!("{path} is not {expected}"), "This is no pod: look at the indentation of the manifest.")
+}

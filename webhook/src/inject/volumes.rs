@@ -1,0 +1,216 @@
+//! Where the data are, and which volumes our containers see.
+
+use serde_json::{Value, json};
+
+use super::{
+    Rejection,
+    annotations::{Wishes, absolute},
+    images::{self, Image},
+    view::{items, named, text},
+};
+
+/// Where `pgsidecar-wal` is, in all three containers.
+pub(super) const HELPER_PATH: &str = "/pgsidecar";
+/// What only ours see.
+pub(super) const SPOOL_PATH: &str = "/pgsidecar-spool";
+/// The volume at [`HELPER_PATH`].
+pub(super) const HELPER_VOLUME: &str = "pgsidecar-run";
+/// The volume at [`SPOOL_PATH`].
+pub(super) const SPOOL_VOLUME: &str = "pgsidecar-spool";
+
+/// The service account's token is each container's own matter; Kubernetes mounts it where it's wanted.
+const SERVICE_ACCOUNT_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+/// Where our image keeps what it runs. A mount there, or above, would hide it.
+const PROGRAMS: [&str; 6] = ["/usr/local/bin", "/usr/bin", "/usr/lib", "/bin", "/lib", "/lib64"];
+
+/// `PGDATA`, as PostgreSQL's container sees it.
+///
+/// # Errors
+/// If it can't be told.
+pub(super) fn pgdata(container: &Value, wishes: &Wishes, image: Option<&Image>) -> Result<String, Rejection> {
+    if let Some(pgdata) = &wishes.pgdata {
+        return Ok(pgdata.clone());
+    }
+    // Of several entries of one name Kubernetes takes the last.
+    let entry = items(container, "env").iter().rev().find(|entry| text(entry, "name") == Some("PGDATA"));
+    if let Some(entry) = entry {
+        let value = text(entry, "value").unwrap_or("");
+        return absolute(value).map_err(|problem| {
+            let problem = if entry.get("valueFrom").is_some_and(|from| !from.is_null()) {
+                "PGDATA comes from elsewhere (valueFrom), and can't be read here".to_owned()
+            } else {
+                format!("PGDATA: {problem}")
+            };
+            Rejection::new(problem, "Say where the data are in the annotation pgsidecar.dev/pgdata.")
+        });
+    }
+    image.and_then(|image| image.pgdata.clone()).ok_or_else(|| {
+        let name = text(container, "image").unwrap_or("");
+        let problem = format!("it can't be told where the data are: the image {:?} doesn't tell its version", name.chars().take(200).collect::<String>());
+        Rejection::new(problem, "Set PGDATA in the container's env (or the annotation pgsidecar.dev/pgdata), or name a major version in the image's tag.")
+    })
+}
+
+/// Checks that the data are on a volume that ours can write to. Returns whether they are lost with the pod.
+///
+/// # Errors
+/// If they aren't.
+pub(super) fn check_pgdata(
+    pod: &Value,
+    container: &Value,
+    pgdata: &str,
+    image: Option<&Image>,
+) -> Result<bool, Rejection> {
+    let mounts = items(container, "volumeMounts").iter().filter_map(|mount| Some((text(mount, "mountPath")?, mount)));
+    let above = mounts.filter(|(path, _)| is_within(pgdata, path));
+    let Some((path, mount)) = above.max_by_key(|(path, _)| parts(path).len()) else {
+        let at =
+            image.and_then(|image| image.major).filter(|&major| major >= 18 && pgdata == images::default_pgdata(major));
+        let hint = if at.is_some() { " From PostgreSQL 18 on, the image wants it at /var/lib/postgresql." } else { "" };
+        return Err(Rejection::new(
+            format!(
+                "PGDATA {pgdata} isn't on a volume of the pod, so the data are lost with the container and can't be seen from another"
+            ),
+            format!("Mount a volume at {pgdata} or above it, or correct the annotation pgsidecar.dev/pgdata.{hint}"),
+        ));
+    };
+    let name = text(mount, "name").unwrap_or("");
+    // In a template of a StatefulSet, claims aren't among the volumes.
+    let volume = pod.get("spec").and_then(|spec| named(items(spec, "volumes"), name));
+    let is = |kind: &str| volume.is_some_and(|volume| volume.get(kind).is_some_and(|source| !source.is_null()));
+    let claim_read_only = volume.and_then(|volume| volume.get("persistentVolumeClaim")?.get("readOnly")?.as_bool());
+    let fixed = ["configMap", "secret", "projected", "downwardAPI", "image"].into_iter().any(is);
+    if fixed || mount.get("readOnly") == Some(&json!(true)) || claim_read_only == Some(true) {
+        return Err(Rejection::new(
+            format!("PGDATA {pgdata} is on the volume {name:?}, mounted at {path}, which is read-only"),
+            "Mount a volume there that can be written to.",
+        ));
+    }
+    Ok(is("emptyDir") || is("ephemeral"))
+}
+
+/// Checks that our own volumes and paths are free, or ours.
+///
+/// # Errors
+/// If they aren't.
+pub(super) fn check_names(pod: &Value, container: &Value) -> Result<(), Rejection> {
+    let volumes = pod.get("spec").map_or(&[][..], |spec| items(spec, "volumes"));
+    for name in [HELPER_VOLUME, SPOOL_VOLUME] {
+        let other = named(volumes, name).is_some_and(|volume| {
+            let memory = volume.get("emptyDir").and_then(|source| text(source, "medium")) == Some("Memory");
+            !volume.get("emptyDir").is_some_and(Value::is_object) || memory != (name == HELPER_VOLUME)
+        });
+        if other {
+            return Err(Rejection::new(
+                format!("the pod has a volume {name:?} that isn't pgsidecar's"),
+                "Give it another name: pgsidecar adds a volume of this one.",
+            ));
+        }
+    }
+    for mount in items(container, "volumeMounts") {
+        let path = text(mount, "mountPath").unwrap_or("");
+        let is_ours = text(mount, "name") == Some(HELPER_VOLUME) && parts(path) == parts(HELPER_PATH);
+        let collides = [HELPER_PATH, SPOOL_PATH].into_iter().any(|ours| is_within(path, ours) || is_within(ours, path));
+        if collides && !is_ours {
+            return Err(Rejection::new(
+                format!("PostgreSQL's container mounts the volume {:?} at {path}", text(mount, "name").unwrap_or("")),
+                format!("Mount it elsewhere: {HELPER_PATH} and {SPOOL_PATH} are pgsidecar's."),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Our volumes, those that are missing.
+pub(super) fn missing(pod: &Value) -> Vec<Value> {
+    let there = pod.get("spec").map_or(&[][..], |spec| items(spec, "volumes"));
+    let volumes = [
+        // In memory: /var, where other emptyDirs are, may be mounted noexec.
+        json!({"name": HELPER_VOLUME, "emptyDir": {"medium": "Memory", "sizeLimit": "32Mi"}}),
+        json!({"name": SPOOL_VOLUME, "emptyDir": {}}),
+    ];
+    volumes.into_iter().filter(|volume| named(there, text(volume, "name").unwrap_or("")).is_none()).collect()
+}
+
+/// The helper's mount in PostgreSQL's container, if it's missing.
+pub(super) fn missing_helper_mount(container: &Value) -> Option<Value> {
+    let is_there = items(container, "volumeMounts").iter().any(|mount| text(mount, "name") == Some(HELPER_VOLUME));
+    (!is_there).then(|| json!({"name": HELPER_VOLUME, "mountPath": HELPER_PATH, "readOnly": true}))
+}
+
+/// The mounts of our containers, and those of PostgreSQL's that were left out because they would hide our programs.
+pub(super) fn mounts(container: &Value) -> (Vec<Value>, Vec<String>) {
+    let mut mounts = vec![
+        json!({"name": HELPER_VOLUME, "mountPath": HELPER_PATH}),
+        json!({"name": SPOOL_VOLUME, "mountPath": SPOOL_PATH}),
+    ];
+    let mut left_out = Vec::new();
+    for mount in items(container, "volumeMounts") {
+        let Some(path) = text(mount, "mountPath") else { continue };
+        if is_same(path, HELPER_PATH) || is_within(path, SERVICE_ACCOUNT_PATH) {
+            continue;
+        }
+        if PROGRAMS.into_iter().any(|programs| is_within(programs, path)) {
+            left_out.push(path.to_owned());
+            continue;
+        }
+        let mut mount = mount.clone();
+        if let Some(members) = mount.as_object_mut()
+            && members.get("mountPropagation") == Some(&json!("Bidirectional"))
+        {
+            // It's for privileged containers alone.
+            members.remove("mountPropagation");
+        }
+        mounts.push(mount);
+    }
+    (mounts, left_out)
+}
+
+/// Whether two paths mean the same place.
+pub(super) fn is_same(path: &str, other: &str) -> bool {
+    parts(path) == parts(other)
+}
+
+/// Whether `path` is `directory` or below it.
+fn is_within(path: &str, directory: &str) -> bool {
+    parts(path).starts_with(&parts(directory))
+}
+
+fn parts(path: &str) -> Vec<&str> {
+    path.split('/').filter(|part| !part.is_empty() && *part != ".").collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_compared_by_their_parts() {
+        assert!(is_within("/var/lib/postgresql/data", "/var/lib/postgresql/"));
+        assert!(is_within("/data", "/"));
+        assert!(!is_within("/var/lib/postgresql-data", "/var/lib/postgresql"));
+        assert!(is_same("//a/./b/", "/a/b"));
+    }
+
+    #[test]
+    fn the_data_are_on_the_volume_that_is_mounted_nearest() {
+        let pod = json!({"spec": {"volumes": [
+            {"name": "config", "configMap": {"name": "x"}},
+            {"name": "scratch", "emptyDir": {}},
+            {"name": "claim", "persistentVolumeClaim": {"claimName": "x"}},
+        ]}});
+        let check = |mounts: Value| {
+            check_pgdata(&pod, &json!({"volumeMounts": mounts}), "/var/lib/pg/data", None)
+                .map_err(|rejection| rejection.problem.chars().take(60).collect::<String>())
+        };
+        let mount = |name: &str, path: &str| json!({"name": name, "mountPath": path});
+        assert_eq!(check(json!([mount("scratch", "/"), mount("claim", "/var/lib/pg/")])), Ok(false));
+        assert_eq!(check(json!([mount("claim", "/var"), mount("scratch", "/var/lib/pg/data")])), Ok(true));
+        assert_eq!(check(json!([mount("template", "/var/lib/pg")])), Ok(false));
+        assert!(check(json!([mount("claim", "/var/lib/p"), mount("claim", "/var/lib/pg/data/base")])).is_err());
+        assert!(check(json!([mount("config", "/var/lib/pg")])).unwrap_err().contains("is on the volume"));
+        let read_only = json!([{"name": "claim", "mountPath": "/var/lib/pg", "readOnly": true}]);
+        assert!(check(read_only).unwrap_err().contains("is on the volume"));
+    }
+}
