@@ -36,12 +36,10 @@ pub(super) fn complete(container: &Value, image: Option<&Image>) -> Result<Line,
     let line = [command.as_slice(), &args].concat();
     let flags = match (command.is_empty(), args.is_empty(), image.map(|image| image.start)) {
         (_, _, Some(Start::Patroni)) => {
-            return Err(unreachable(
-                "Patroni configures PostgreSQL in this image, its command line isn't ours to change",
-            ));
+            return Err(never("Patroni configures PostgreSQL in this image, its command line isn't ours to change"));
         }
         (_, _, Some(Start::Splits)) => {
-            return Err(unreachable("this image's run.sh splits the flags of PostgreSQL at their spaces"));
+            return Err(never("this image's run.sh splits the flags of PostgreSQL at their spaces"));
         }
         (true, true, Some(Start::Entrypoint(default))) => {
             append.extend(default.iter().map(ToString::to_string));
@@ -51,15 +49,12 @@ pub(super) fn complete(container: &Value, image: Option<&Image>) -> Result<Line,
         (has_entrypoint, _, _) => flags_of(&line, has_entrypoint),
     };
     let Some(flags) = flags else {
-        let line: String = line.join(" ").chars().take(80).collect();
+        let line = short(&line.join(" "));
         return Err(unreachable(&format!("the container's command {line:?} isn't PostgreSQL's own")));
     };
     let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
     let given = settings(&flags).map_err(|odd| {
-        unreachable(&format!(
-            "after {:?} in the container's args PostgreSQL reads no flags",
-            odd.chars().take(80).collect::<String>()
-        ))
+        unreachable(&format!("after {:?} in the container's args PostgreSQL reads no flags", short(odd)))
     })?;
     for (name, value) in SETTINGS {
         if !check(&given, name, value)? {
@@ -115,28 +110,34 @@ fn check(given: &[(String, String)], name: &str, wanted: &str) -> Result<bool, R
     };
     let values: Vec<&String> = given.iter().filter(|(given, _)| given == name).map(|(_, value)| value).collect();
     match values.iter().find(|value| !ours(value)) {
-        Some(other) => {
-            let other: String = other.chars().take(80).collect();
-            Err(Rejection::new(
-                format!("PostgreSQL is started with {name} = {other:?} already"),
-                format!(
-                    "Take {name} out of the container's args, pgsidecar sets it; or, to keep it, say pgsidecar.dev/postgres-args: skip and set in postgresql.conf: {}.",
-                    configuration()
-                ),
-            ))
-        }
+        Some(other) => Err(Rejection::new(
+            format!("PostgreSQL is started with {name} = {:?} already", short(other)),
+            format!(
+                "Take {name} out of the container's args: pgsidecar sets it. Or say pgsidecar.dev/postgres-args: skip; then no flags are added, and archiving is yours to set up (docs/injection.md)."
+            ),
+        )),
         None => Ok(!values.is_empty()),
     }
 }
 
+/// Flags don't reach PostgreSQL as the container is.
 fn unreachable(problem: &str) -> Rejection {
-    Rejection::new(
-        problem,
-        format!(
-            "Start PostgreSQL with args: [postgres] and without a command of your own; or say pgsidecar.dev/postgres-args: skip and set in postgresql.conf: {}.",
-            configuration()
-        ),
-    )
+    let remedy = format!(
+        "Start PostgreSQL with args: [postgres] and without a command of your own; or say pgsidecar.dev/postgres-args: skip and set in postgresql.conf: {}.",
+        configuration()
+    );
+    Rejection::new(problem, remedy)
+}
+
+/// Flags never reach PostgreSQL in this image.
+fn never(problem: &str) -> Rejection {
+    let remedy =
+        format!("Say pgsidecar.dev/postgres-args: skip and set in PostgreSQL's configuration: {}.", configuration());
+    Rejection::new(problem, remedy)
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(80).collect()
 }
 
 /// The settings among PostgreSQL's flags, by their canonical names, in their order: `-c name=value`, `-cname=value`,
@@ -234,12 +235,17 @@ mod tests {
             (known, json!({"args": ["postgres", "--"]})),
             (known, json!({"args": ["postgres", "-N", "5", "more"]})),
             (known, json!({"args": ["sh", "-c", "postgres"]})),
+        ] {
+            let refused = appended(image, container.clone()).unwrap_err();
+            assert!(refused.contains("args: [postgres]") && refused.contains("postgres-args: skip"), "{refused}");
+        }
+        for (image, container) in [
             ("bitnami/postgresql:17", json!({})),
             ("bitnami/postgresql:17", json!({"args": ["postgres"]})),
             ("ghcr.io/zalando/spilo-17:4.0-p2", json!({})),
         ] {
             let refused = appended(image, container.clone()).unwrap_err();
-            assert!(refused.contains("args: [postgres]") && refused.contains("postgres-args: skip"), "{refused}");
+            assert!(!refused.contains("args: [postgres]") && refused.contains("postgres-args: skip"), "{refused}");
         }
     }
 

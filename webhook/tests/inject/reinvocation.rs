@@ -1,0 +1,100 @@
+//! The API server calls again when another webhook has changed the pod since; and a pod may come that was injected
+//! offline, by another version.
+
+use pgsidecar_webhook::inject::{Settings, inject};
+use serde_json::{Value, json};
+
+use crate::{
+    invariants::{apply, check},
+    settings,
+};
+
+fn pod(mode: &str) -> Value {
+    json!({
+        "metadata": {"labels": {"pgsidecar.dev/inject": "true"}, "annotations": {"pgsidecar.dev/mode": mode}},
+        "spec": {
+            "containers": [{
+                "name": "postgres",
+                "image": "postgres:17",
+                "volumeMounts": [{"name": "data", "mountPath": "/var/lib/postgresql/data"}],
+            }],
+            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
+        },
+    })
+}
+
+fn injected(pod: &Value) -> Value {
+    let injection = inject(pod, "shop", &settings()).unwrap();
+    check(pod, &injection);
+    apply(pod, &injection)
+}
+
+fn added(pod: &Value, settings: &Settings) -> Vec<(String, Value)> {
+    let patch = json!(inject(pod, "shop", settings).unwrap().patch);
+    let operations = patch.as_array().unwrap().iter();
+    operations.map(|operation| (operation["path"].as_str().unwrap().to_owned(), operation["value"].clone())).collect()
+}
+
+fn push(list: &mut Value, value: &Value) {
+    if list.is_null() {
+        *list = json!([]);
+    }
+    list.as_array_mut().unwrap().push(value.clone());
+}
+
+#[test]
+fn what_another_webhook_gave_to_postgres_since_is_given_to_ours() {
+    for (mode, list, index) in [("native", "initContainers", 0), ("classic", "containers", 1)] {
+        let mut pod = injected(&pod(mode));
+        let token = json!({"name": "aws-iam-token", "mountPath": "/var/run/secrets/eks.amazonaws.com/serviceaccount"});
+        let role = json!({"name": "AWS_ROLE_ARN", "value": "arn:aws:iam::111122223333:role/db"});
+        let source = json!({"configMapRef": {"name": "proxy"}});
+        push(&mut pod["spec"]["volumes"], &json!({"name": "aws-iam-token", "projected": {"sources": []}}));
+        let postgres = &mut pod["spec"]["containers"][index];
+        push(&mut postgres["volumeMounts"], &token);
+        push(&mut postgres["env"], &role);
+        push(&mut postgres["envFrom"], &source);
+        let sidecar = if mode == "native" { 1 } else { 0 };
+        let mut expected = Vec::new();
+        for path in ["/spec/initContainers/0".to_owned(), format!("/spec/{list}/{sidecar}")] {
+            expected.push((format!("{path}/env/-"), role.clone()));
+            expected.push((format!("{path}/volumeMounts/-"), token.clone()));
+            // Our settings stay the last ones, which outrank the others.
+            expected.push((format!("{path}/envFrom/0"), source.clone()));
+        }
+        assert_eq!(added(&pod, &settings()), expected, "{mode}");
+        let again = apply(&pod, &inject(&pod, "shop", &settings()).unwrap());
+        assert_eq!(added(&again, &settings()), [], "{mode}");
+    }
+}
+
+#[test]
+fn what_was_injected_by_another_version_stays_as_it_is() {
+    let newer = Settings {
+        image: "registry.example.com/pgsidecar:9".into(),
+        native_sidecars: false,
+        config_secret: "pgsidecar".into(),
+    };
+    assert_eq!(added(&injected(&pod("auto")), &newer), []);
+}
+
+#[test]
+fn what_somebody_took_away_is_added_again() {
+    let mut pod = injected(&pod("native"));
+    pod["spec"]["containers"][0]["args"] = json!(["postgres", "-c", "archive_mode=on"]);
+    pod["spec"]["initContainers"].as_array_mut().unwrap().remove(0);
+    let paths: Vec<String> = added(&pod, &settings()).into_iter().map(|(path, _)| path).collect();
+    assert_eq!(paths[..6], ["/spec/containers/0/args/-"; 6].map(String::from));
+    assert_eq!(paths[6..], ["/spec/initContainers/-"]);
+}
+
+#[test]
+fn a_dry_run_is_answered_alike_and_the_label_alone_decides() {
+    let labelled = pod("auto");
+    assert_eq!(inject(&labelled, "shop", &settings()), inject(&labelled, "shop", &settings()));
+    for label in [json!("false"), json!("yes"), json!(true), Value::Null] {
+        let mut pod = labelled.clone();
+        pod["metadata"]["labels"]["pgsidecar.dev/inject"] = label;
+        assert_eq!(added(&pod, &settings()), []);
+    }
+}
