@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::inject::{self, Operation, Rejection, Settings, inject};
 
 /// How the result is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Format {
     /// YAML: the documents of the input in their order.
     #[default]
