@@ -305,6 +305,26 @@ mod tests {
     }
 
     #[test]
+    fn every_annotation_is_in_the_documentation_and_no_other() {
+        let text = include_str!("../../../docs/injection.md");
+        let (_, table) = text.split_once("\n## Annotations\n").unwrap();
+        let (table, _) = table.split_once("\n## ").unwrap();
+        let rows = table.lines().filter(|line| line.starts_with("| `"));
+        let mut documented: Vec<(&str, Option<&str>)> = Vec::new();
+        for row in rows {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            let variable = cells[3].trim_matches('`').starts_with("PGSIDECAR_").then(|| cells[3].trim_matches('`'));
+            documented.extend(cells[1].split(", ").map(|name| (name.trim_matches('`'), variable)));
+        }
+        let others = OTHERS.into_iter().filter(|name| *name != "status").map(|name| (name, None));
+        let mut known: Vec<(&str, Option<&str>)> =
+            SETTINGS.iter().map(|(name, variable, _)| (*name, Some(*variable))).chain(others).collect();
+        documented.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(documented, known);
+    }
+
+    #[test]
     fn a_clone_has_another_place_than_its_source() {
         let problem = read(json!({
             "pgsidecar.dev/repository": "s3://backups",

@@ -66,7 +66,7 @@ const MESHES: [Mesh; 2] = [
         proxy: "istio-proxy",
         ports: "traffic.sidecar.istio.io/excludeOutboundPorts",
         ranges: Some("traffic.sidecar.istio.io/excludeOutboundIPRanges"),
-        native: "ENABLE_NATIVE_SIDECARS=true in istiod, or the annotation sidecar.istio.io/nativeSidecar: \"true\"",
+        native: "the annotation sidecar.istio.io/nativeSidecar: \"true\", from Istio 1.24 on",
     },
     Mesh {
         name: "Linkerd",
@@ -74,7 +74,7 @@ const MESHES: [Mesh; 2] = [
         proxy: "linkerd-proxy",
         ports: "config.linkerd.io/skip-outbound-ports",
         ranges: Some("config.linkerd.io/skip-subnets"),
-        native: "the annotation config.alpha.linkerd.io/proxy-enable-native-sidecar: \"true\"",
+        native: "the annotation config.beta.linkerd.io/proxy-enable-native-sidecar: \"true\", before 2.19 with alpha for beta",
     },
 ];
 

@@ -199,6 +199,7 @@ mod tests {
             {"name": "config", "configMap": {"name": "x"}},
             {"name": "scratch", "emptyDir": {}},
             {"name": "claim", "persistentVolumeClaim": {"claimName": "x"}},
+            {"name": "fixed", "persistentVolumeClaim": {"claimName": "x", "readOnly": true}},
         ]}});
         let check = |mounts: Value| {
             check_pgdata(&pod, &json!({"volumeMounts": mounts}), "/var/lib/pg/data", None)
@@ -210,7 +211,14 @@ mod tests {
         assert_eq!(check(json!([mount("template", "/var/lib/pg")])), Ok(false));
         assert!(check(json!([mount("claim", "/var/lib/p"), mount("claim", "/var/lib/pg/data/base")])).is_err());
         assert!(check(json!([mount("config", "/var/lib/pg")])).unwrap_err().contains("is on the volume"));
+        assert!(check(json!([mount("fixed", "/var/lib/pg")])).unwrap_err().contains("is on the volume"));
         let read_only = json!([{"name": "claim", "mountPath": "/var/lib/pg", "readOnly": true}]);
         assert!(check(read_only).unwrap_err().contains("is on the volume"));
+    }
+
+    #[test]
+    fn of_several_entries_the_last_counts_as_for_kubernetes() {
+        let env = json!([{"name": "PGDATA", "value": "/first"}, {"name": "PGDATA", "value": "/last"}]);
+        assert_eq!(pgdata(&json!({"env": env}), &Wishes::default(), None), Ok("/last".to_owned()));
     }
 }

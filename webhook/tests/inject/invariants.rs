@@ -84,7 +84,8 @@ fn adds_only(pod: &Value, injection: &Injection) {
             assert_eq!(there, None, "{path} is there already");
         }
         assert!(!name.is_empty());
-        document = apply(&document, &Injection { patch: vec![operation.clone()], ..Injection::default() });
+        let patch: json_patch::Patch = serde_json::from_value(json!([operation])).unwrap();
+        json_patch::patch(&mut document, &patch).unwrap();
     }
 }
 

@@ -29,7 +29,7 @@ spec:
     spec: {accessModes: [ReadWriteOnce], resources: {requests: {storage: 10Gi}}}
 "#;
 
-const CONFIG: &str = "# A comment\nkind: ConfigMap\napiVersion: v1\ndata:\n  odd:   'spacing'   # kept\n  block: |\n    ----\n     --- not a separator\n";
+const CONFIG: &str = "# A comment\nkind: ConfigMap\napiVersion: v1\ndata:\n  odd:   'spacing'   # kept\n  block: |\n    ----\n     --- not a separator\n---odd: neither\n";
 
 #[test]
 fn what_is_not_labelled_passes_through_byte_for_byte() {
@@ -118,6 +118,8 @@ fn all_rejections_are_told_with_the_names_of_what_is_rejected() {
     let error = run(&input, Format::Yaml, "default", &settings()).unwrap_err();
     insta::assert_snapshot!(error);
     assert!(matches!(error, Error::Rejected(rejections) if rejections.len() == 2));
+    let everywhere = several.replace("kind: Deployment", "kind: DaemonSet").replace("  replicas: 2\n", "");
+    assert!(matches!(run(&everywhere, Format::Yaml, "default", &settings()), Err(Error::Rejected(_))));
     // One is fine.
     offline(&several.replace("replicas: 2", "replicas: 1"), Format::Yaml);
 }
