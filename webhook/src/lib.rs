@@ -6,5 +6,12 @@
 //! nothing else. The crate depends on `pgsidecar-core` for settings and names, never on the sidecar's library, the
 //! AWS SDK or a PostgreSQL client.
 
+pub mod certificates;
+pub mod cli;
 pub mod inject;
+pub mod logging;
+pub mod metrics;
 pub mod offline;
+pub mod review;
+pub mod server;
+pub mod settings;

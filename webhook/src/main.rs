@@ -1,3 +1,7 @@
-//! `pgsidecar-webhook`.
+//! The `pgsidecar-webhook` program. All of it is in the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pgsidecar_webhook::cli::main()
+}

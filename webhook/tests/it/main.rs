@@ -1,0 +1,6 @@
+//! The webhook over real TLS: what it answers, what it refuses, and certificates that change meanwhile.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod files;
+
+mod support;
