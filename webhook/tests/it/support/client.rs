@@ -35,12 +35,22 @@ impl TimeProvider for ClientClock {
 
 /// TLS that trusts the CAs in `bundle`, at the time that `clock` tells.
 pub fn trusting(bundle: &str, clock: &Clock, alpn: &[&str]) -> TlsConnector {
+    trusting_with(bundle, clock, alpn, rustls::DEFAULT_VERSIONS)
+}
+
+/// The same with these versions of TLS.
+pub fn trusting_with(
+    bundle: &str,
+    clock: &Clock,
+    alpn: &[&str],
+    versions: &[&'static rustls::SupportedProtocolVersion],
+) -> TlsConnector {
     let mut roots = RootCertStore::empty();
     for root in CertificateDer::pem_slice_iter(bundle.as_bytes()) {
         roots.add(root.unwrap()).unwrap();
     }
     let mut config = ClientConfig::builder_with_details(provider(), Arc::new(ClientClock(clock.clone())))
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(versions)
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();

@@ -1,5 +1,6 @@
 //! What the tests share: a server in this process, clients that trust what they are told, and an API server's stand-in.
 
+pub mod api;
 pub mod client;
 pub mod pki;
 
