@@ -22,6 +22,7 @@ S3S_FS_VERSION=0.14.1
 GARAGE_VERSION=2.5.0
 CARGO_DENY_VERSION=0.20.2
 CARGO_NEXTEST_VERSION=0.9.143
+CARGO_FUZZ_VERSION=0.13.2
 
 # Exit status of a set-up script that only lacks the rights: the caller may go on without that part. Any other failure is a failure.
 EXIT_NEEDS_ROOT=3
