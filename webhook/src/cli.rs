@@ -1,11 +1,19 @@
 //! The command line: `serve` and `inject`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    fs,
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    logging, server,
+    inject::Settings,
+    logging,
+    offline::{self, Format},
+    server,
     settings::{RawInjection, RawServe, SettingErrors},
 };
 
@@ -48,18 +56,21 @@ enum Command {
 
 /// What is injected into, and how the result looks.
 #[derive(Args, Debug)]
-pub struct Offline {
+struct Offline {
     /// File with manifests in YAML or JSON; - is the standard input
     #[arg(short, long, value_name = "FILE")]
-    pub filename: PathBuf,
+    filename: PathBuf,
+    /// Namespace of objects that name none
+    #[arg(short, long, value_name = "NAME", default_value = "default")]
+    namespace: String,
     /// How the result looks
     #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t = Output::Yaml)]
-    pub output: Output,
+    output: Output,
 }
 
 /// How the result of the offline command looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+enum Output {
     /// The manifests, injected
     Yaml,
     /// The same as JSON
@@ -88,11 +99,50 @@ pub fn main() -> ExitCode {
             Ok((serve, injection)) => server::run(&serve, injection),
             Err(errors) => wrong_settings(&errors),
         },
-        Command::Inject { injection, offline: _ } => match injection.resolve() {
-            Ok(_) => ExitCode::FAILURE,
+        Command::Inject { injection, offline } => match injection.resolve() {
+            Ok(settings) => offline.run(&settings),
             Err(errors) => wrong_settings(&errors),
         },
     }
+}
+
+impl Offline {
+    /// Results go to stdout, everything else to stderr.
+    fn run(&self, settings: &Settings) -> ExitCode {
+        let format = match self.output {
+            Output::Yaml => Format::Yaml,
+            Output::Json => Format::Json,
+            Output::Patch => Format::Patch,
+        };
+        let input = match self.read() {
+            Ok(input) => input,
+            Err(error) => return failed(&format!("{}: {error}", self.filename.display())),
+        };
+        match offline::run(&input, format, &self.namespace, settings) {
+            Ok(output) => {
+                output.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                match io::stdout().write_all(output.text.as_bytes()) {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => failed(&error.to_string()),
+                }
+            }
+            Err(error) => failed(&error.to_string()),
+        }
+    }
+
+    fn read(&self) -> io::Result<String> {
+        if self.filename.as_os_str() == "-" {
+            io::read_to_string(io::stdin())
+        } else {
+            fs::read_to_string(&self.filename)
+        }
+    }
+}
+
+/// Several lines are several errors.
+fn failed(problems: &str) -> ExitCode {
+    problems.lines().for_each(|problem| eprintln!("error: {problem}"));
+    ExitCode::FAILURE
 }
 
 fn wrong_settings(errors: &SettingErrors) -> ExitCode {

@@ -71,7 +71,10 @@ pub async fn handle(app: &App, room: &Room, request: Request<Incoming>) -> Respo
     let began = Instant::now();
     let answered = match tokio::time::timeout(TIME_LIMIT, inject(app, room, request)).await {
         Ok(answered) => answered,
-        Err(_) => Err(Refused::new(StatusCode::REQUEST_TIMEOUT, "it took too long: the body didn't come, or there was no room for it")),
+        Err(_) => Err(Refused::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "it took too long: the body didn't come, or there was no room for it",
+        )),
     };
     match answered {
         Ok(answer) => {

@@ -37,10 +37,8 @@ fn every_setting_is_in_the_documentation_and_nothing_else_is() {
             }
         }
     }
-    let documented: BTreeMap<String, (String, String)> = rows(section("Settings"))
-        .into_iter()
-        .map(|row| (row[0].clone(), (row[1].clone(), row[2].clone())))
-        .collect();
+    let documented: BTreeMap<String, (String, String)> =
+        rows(section("Settings")).into_iter().map(|row| (row[0].clone(), (row[1].clone(), row[2].clone()))).collect();
     assert_eq!(documented, program);
 }
 

@@ -1,7 +1,7 @@
 //! The program: its settings, its signals, its exit codes.
 
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader, Read, Write},
     net::SocketAddr,
     process::{Child, ChildStderr, Command, Stdio},
     time::{Duration, Instant},
@@ -91,12 +91,8 @@ async fn a_second_signal_ends_it_at_once() {
 
 #[test]
 fn wrong_settings_end_it_with_78_and_are_told_together() {
-    let output = program()
-        .arg("serve")
-        .env("PGSIDECAR_WEBHOOK_LISTEN", "here")
-        .env("PGSIDECAR_LOG", "loud")
-        .output()
-        .unwrap();
+    let output =
+        program().arg("serve").env("PGSIDECAR_WEBHOOK_LISTEN", "here").env("PGSIDECAR_LOG", "loud").output().unwrap();
     assert_eq!(output.status.code(), Some(78));
     insta::assert_snapshot!(String::from_utf8_lossy(&output.stderr), @r#"
     error: 3 settings are wrong:
@@ -130,4 +126,63 @@ fn an_address_that_is_taken_is_told() {
     assert_eq!(output.status.code(), Some(1));
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(log.contains(&format!("listening at {address}: Address already in use")), "{log}");
+}
+
+const STATEFUL_SET: &str = "apiVersion: apps/v1
+kind: StatefulSet
+metadata: {name: db}
+spec:
+  template:
+    metadata:
+      labels: {pgsidecar.dev/inject: 'true'}
+    spec:
+      containers:
+      - name: postgres
+        image: postgres:17
+        volumeMounts: [{name: data, mountPath: /var/lib/postgresql/data}]
+  volumeClaimTemplates: [{metadata: {name: data}}]
+";
+
+fn inject(args: &[&str], input: &str) -> (Option<i32>, String, String) {
+    let mut child = program()
+        .args(["inject", "--image", "pgsidecar:1"])
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn manifests_are_injected_without_a_cluster() {
+    let (code, yaml, errors) = inject(&["-f", "-"], STATEFUL_SET);
+    assert_eq!(code, Some(0), "{errors}");
+    assert!(yaml.contains("pgsidecar-prepare") && yaml.contains("image: pgsidecar:1"), "{yaml}");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("db.yaml");
+    std::fs::write(&file, STATEFUL_SET).unwrap();
+    let file = file.to_str().unwrap();
+    assert_eq!(inject(&["--filename", file], "").1, yaml);
+    let (_, patch, _) = inject(&["-f", file, "--output", "patch", "-n", "shop"], "");
+    let patch: serde_json::Value = serde_json::from_str(&patch).unwrap();
+    assert_eq!((&patch[0]["kind"], &patch[0]["namespace"]), (&"StatefulSet".into(), &"shop".into()));
+    let (_, json, _) = inject(&["-f", file, "--output", "json"], "");
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["spec"]["template"]["spec"]["initContainers"][1]["name"], "pgsidecar");
+}
+
+#[test]
+fn what_cannot_be_injected_is_told_and_nothing_is_printed() {
+    let (code, text, errors) =
+        inject(&["-f", "-"], &STATEFUL_SET.replace("    spec:\n", "    spec:\n      hostNetwork: true\n"));
+    assert_eq!((code, text.as_str()), (Some(1), ""));
+    assert!(errors.starts_with("error: StatefulSet default/db: pgsidecar: "), "{errors}");
+    let (code, _, errors) = inject(&["-f", "/does/not/exist"], "");
+    assert_eq!((code, errors.as_str()), (Some(1), "error: /does/not/exist: No such file or directory (os error 2)\n"));
+    let output = program().args(["inject", "-f", "-"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(78));
 }
