@@ -278,6 +278,8 @@ fn object_name(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn text(text: &str) -> Option<String> {
@@ -292,7 +294,7 @@ mod tests {
         assert_eq!(settings.config_secret, "pgsidecar");
         assert_eq!(serve.listen.to_string(), "0.0.0.0:8443");
         assert_eq!(serve.health_listen.to_string(), "0.0.0.0:8080");
-        assert!(matches!(serve.certificates, Certificates::Files(path) if path == PathBuf::from("/tls")));
+        assert!(matches!(serve.certificates, Certificates::Files(path) if path.as_path() == Path::new("/tls")));
     }
 
     #[test]
