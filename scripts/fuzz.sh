@@ -10,7 +10,7 @@ source "$(dirname "$0")/lib.sh"
 cd "$ROOT"
 
 install_crate cargo-fuzz "$CARGO_FUZZ_VERSION" cargo-fuzz
-PATH=$(tool_dir "cargo-fuzz-$CARGO_FUZZ_VERSION")/bin:$PATH
+PATH=$(cargo_fuzz_dir):$PATH
 cd webhook/fuzz
 mkdir -p corpus/review
 RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none --fuzz-dir . review corpus/review seeds/review -- \

@@ -79,6 +79,7 @@ BENCH_POSTGRES=18 # benches/compare/run.rs has it too
 bench_root() { echo "${PGSIDECAR_BENCH_ROOT:-$(tool_dir bench)}"; }
 pg_bin_18() { echo "${PG_BIN_18:-$(bench_root)/usr/lib/postgresql/$BENCH_POSTGRES/bin}"; }
 nextest_dir() { echo "$(tool_dir "cargo-nextest-$CARGO_NEXTEST_VERSION")/bin"; }
+cargo_fuzz_dir() { echo "$(tool_dir "cargo-fuzz-$CARGO_FUZZ_VERSION")/bin"; }
 cargo_deny() { echo "$(tool_dir "cargo-deny-$CARGO_DENY_VERSION")/bin/cargo-deny"; }
 
 # apt_install PACKAGE...: installs those that are missing.
