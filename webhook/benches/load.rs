@@ -135,9 +135,38 @@ async fn measure() {
         "memory:       VmRSS {resident} KiB (of them {} KiB anonymous), at most {peak} KiB",
         server.memory("RssAnon")
     );
+    large_bodies(address, &tls).await;
+    println!(
+        "large bodies: VmRSS {} KiB, at most {} KiB, after 24 of 7.5 MiB at a time",
+        server.memory("VmRSS"),
+        server.memory("VmHWM")
+    );
+    assert!(server.memory("VmHWM") <= 64 << 10, "more than the limit in the manifests");
     let (p99_limit, resident_limit) = (setting("LOAD_P99_MS", 5), setting("LOAD_RESIDENT_MIB", 15));
     assert!(p99 <= Duration::from_millis(p99_limit.into()), "p99 is above {p99_limit} ms");
     assert!(peak <= u64::from(resident_limit) << 10, "more than {resident_limit} MiB");
+}
+
+/// What nobody sends but could: as large as it may be, and as many values as it may have, many at a time.
+async fn large_bodies(address: SocketAddr, tls: &TlsConnector) {
+    let mut large = review();
+    large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(7 << 20)});
+    large["request"]["object"]["spec"]["large"] = json!(vec![json!({"a": 0}); 24_000]);
+    let body = Bytes::from(large.to_string());
+    let mut under_way = tokio::task::JoinSet::new();
+    for _ in 0..24 {
+        let (mut connection, body) = (connect(address, tls).await.unwrap(), body.clone());
+        under_way.spawn(async move {
+            let request = Request::post(format!("https://{NAME}/inject"))
+                .header("content-type", "application/json")
+                .body(Full::new(body))
+                .unwrap();
+            // Some find no room in time.
+            let status = connection.send_request(request).await.map(|answer| answer.status().as_u16());
+            assert!(matches!(status, Ok(200 | 408)), "{status:?}");
+        });
+    }
+    under_way.join_all().await;
 }
 
 /// `tls.crt` and `tls.key` for the server; answers with what to trust.
