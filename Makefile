@@ -1,11 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help check fmt fmt-check lint deny layers shell dockerfile manifests image try-image test test-garage demo memory bench tools clean
+.PHONY: help check fmt fmt-check lint deny layers shell dockerfile manifests image try-image test test-garage demo memory bench webhook-load fuzz tools clean
 
 # The demo's store: see scripts/demo.sh.
 STORE ?=
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 check: fmt-check layers shell dockerfile manifests deny lint ## all that needs no test run: format, layers, scripts, image, manifests, dependencies, clippy
 
@@ -61,6 +61,12 @@ bench: ## archiving, backups and restores beside pgBackRest and barman-cloud: be
 	scripts/setup-s3s.sh
 	cargo build --release --locked -p pgsidecar -p pgsidecar-wal
 	scripts/bench.sh
+
+webhook-load: ## latency and memory of the webhook at 500 requests a second
+	scripts/webhook-load.sh
+
+fuzz: ## bytes that nobody sends, to the webhook's review: a minute, or FUZZ_SECONDS
+	scripts/fuzz.sh
 
 tools: ## only set up what check and test need
 	scripts/setup-postgres.sh

@@ -25,6 +25,7 @@ CARGO_NEXTEST_VERSION=0.9.143
 KUBERNETES_VALIDATE_VERSION=1.37.0
 PYYAML_VERSION=6.0.3
 KUBECTL_MINOR=1.27 # the first whose kustomize is version 5
+CARGO_FUZZ_VERSION=0.13.2
 
 # Exit status of a set-up script that only lacks the rights: the caller may go on without that part. Any other failure is a failure.
 EXIT_NEEDS_ROOT=3
@@ -95,6 +96,7 @@ has_kustomize() {
     version=$("$1" version --client 2>/dev/null | sed -n 's/^Client Version: v\([0-9]*\.[0-9]*\).*/\1/p')
     [[ -n $version && $(printf '%s\n' "$KUBECTL_MINOR" "$version" | sort -V | head -n 1) == "$KUBECTL_MINOR" ]]
 }
+cargo_fuzz_dir() { echo "$(tool_dir "cargo-fuzz-$CARGO_FUZZ_VERSION")/bin"; }
 cargo_deny() { echo "$(tool_dir "cargo-deny-$CARGO_DENY_VERSION")/bin/cargo-deny"; }
 
 # apt_install PACKAGE...: installs those that are missing.

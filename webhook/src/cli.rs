@@ -3,14 +3,15 @@
 use std::{
     fs,
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    inject, logging,
+    inject::Settings,
+    logging,
     offline::{self, Format},
     server,
     settings::{RawInjection, RawServe, SettingErrors},
@@ -59,12 +60,23 @@ struct Offline {
     /// File with manifests in YAML or JSON; - is the standard input
     #[arg(short, long, value_name = "FILE")]
     filename: PathBuf,
-    /// How the result looks
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t = Format::Yaml)]
-    output: Format,
-    /// Namespace of the manifests that name none
+    /// Namespace of objects that name none
     #[arg(short, long, value_name = "NAME", default_value = "default")]
     namespace: String,
+    /// How the result looks
+    #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t = Output::Yaml)]
+    output: Output,
+}
+
+/// How the result of the offline command looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// The manifests, injected
+    Yaml,
+    /// The same as JSON
+    Json,
+    /// The JSON patches alone
+    Patch,
 }
 
 #[derive(Args, Debug)]
@@ -88,43 +100,49 @@ pub fn main() -> ExitCode {
             Err(errors) => wrong_settings(&errors),
         },
         Command::Inject { injection, offline } => match injection.resolve() {
-            Ok(settings) => inject(&offline, &settings),
+            Ok(settings) => offline.run(&settings),
             Err(errors) => wrong_settings(&errors),
         },
     }
 }
 
-fn inject(args: &Offline, settings: &inject::Settings) -> ExitCode {
-    let input = if args.filename == Path::new("-") {
-        io::read_to_string(io::stdin())
-    } else {
-        fs::read_to_string(&args.filename)
-    };
-    let input = match input {
-        Ok(input) => input,
-        Err(error) => {
-            eprintln!("error: reading {}: {error}", args.filename.display());
-            return ExitCode::FAILURE;
-        }
-    };
-    match offline::run(&input, args.output, &args.namespace, settings) {
-        Ok(output) => {
-            for warning in &output.warnings {
-                eprintln!("warning: {warning}");
-            }
-            match io::stdout().write_all(output.text.as_bytes()) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!("error: writing the result: {error}");
-                    ExitCode::FAILURE
+impl Offline {
+    /// Results go to stdout, everything else to stderr.
+    fn run(&self, settings: &Settings) -> ExitCode {
+        let format = match self.output {
+            Output::Yaml => Format::Yaml,
+            Output::Json => Format::Json,
+            Output::Patch => Format::Patch,
+        };
+        let input = match self.read() {
+            Ok(input) => input,
+            Err(error) => return failed(&format!("{}: {error}", self.filename.display())),
+        };
+        match offline::run(&input, format, &self.namespace, settings) {
+            Ok(output) => {
+                output.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                match io::stdout().write_all(output.text.as_bytes()) {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => failed(&error.to_string()),
                 }
             }
-        }
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
+            Err(error) => failed(&error.to_string()),
         }
     }
+
+    fn read(&self) -> io::Result<String> {
+        if self.filename.as_os_str() == "-" {
+            io::read_to_string(io::stdin())
+        } else {
+            fs::read_to_string(&self.filename)
+        }
+    }
+}
+
+/// Several lines are several errors.
+fn failed(problems: &str) -> ExitCode {
+    problems.lines().for_each(|problem| eprintln!("error: {problem}"));
+    ExitCode::FAILURE
 }
 
 fn wrong_settings(errors: &SettingErrors) -> ExitCode {

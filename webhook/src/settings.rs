@@ -17,7 +17,7 @@ const HEALTH_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFI
 const TLS_DIRECTORY: &str = "/tls";
 const NAME: &str = "pgsidecar-webhook";
 const TLS_SECRET: &str = "pgsidecar-webhook-ca";
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const CONFIG_SECRET: &str = "pgsidecar";
 
 /// What is injected, as texts. The offline command has these as well.
@@ -45,7 +45,7 @@ pub struct RawServe {
     /// Where probes and Prometheus reach it: /healthz, /readyz, /metrics [default: 0.0.0.0:8080]
     #[arg(long, env = "PGSIDECAR_WEBHOOK_HEALTH_LISTEN", value_name = "ADDRESS", hide_env_values = true)]
     pub health_listen: Option<String>,
-    /// How long stopping may take; the first half at most is for endpoints to notice [default: 20s]
+    /// How long stopping may take; the first half at most is for endpoints to notice [default: 10s]
     #[arg(long, env = "PGSIDECAR_WEBHOOK_DRAIN_TIMEOUT", value_name = "DURATION", hide_env_values = true)]
     pub drain_timeout: Option<String>,
     /// Where certificates come from: files or self-managed [default: files]
@@ -278,6 +278,8 @@ fn object_name(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn text(text: &str) -> Option<String> {
@@ -292,7 +294,7 @@ mod tests {
         assert_eq!(settings.config_secret, "pgsidecar");
         assert_eq!(serve.listen.to_string(), "0.0.0.0:8443");
         assert_eq!(serve.health_listen.to_string(), "0.0.0.0:8080");
-        assert!(matches!(serve.certificates, Certificates::Files(path) if path == PathBuf::from("/tls")));
+        assert!(matches!(serve.certificates, Certificates::Files(path) if path.as_path() == Path::new("/tls")));
     }
 
     #[test]

@@ -253,35 +253,40 @@ impl Manager {
     }
 
     fn hint(&self, error: &ManagedError) -> String {
-        let SelfManaged { namespace, secret, configuration, .. } = &self.names;
+        let SelfManaged { namespace, secret, .. } = &self.names;
         match error {
-            ManagedError::Api(ApiError::Refused { what, .. }) => {
-                let about_secret = what.ends_with(&self.secret_path());
-                match error {
-                    ManagedError::Api(error) if error.is_not_found() && about_secret => {
-                        format!("Make it, empty: kubectl -n {namespace} create secret generic {secret}")
-                    }
-                    ManagedError::Api(error) if error.is_not_found() => {
-                        format!("Apply the manifests: there is no MutatingWebhookConfiguration {configuration}.")
-                    }
-                    ManagedError::Api(error) if error.is_forbidden() && about_secret => {
-                        format!("The service account needs get and update of the Secret {secret} in {namespace}.")
-                    }
-                    ManagedError::Api(error) if error.is_forbidden() => {
-                        format!("The service account needs get and patch of the MutatingWebhookConfiguration {configuration}.")
-                    }
-                    _ => String::new(),
-                }
-            }
-            ManagedError::Api(ApiError::NoCluster(_) | ApiError::Account { .. }) => {
-                "Certificates of its own need a pod with a service account's token; with --certificates files it needs neither.".to_owned()
-            }
-            ManagedError::Api(_) => "It's tried again. The pod needs egress to the API server.".to_owned(),
+            ManagedError::Api(error) => self.hint_of_api(error),
             ManagedError::Secret(..) | ManagedError::Authority(_) => format!(
-                "Empty it, and a new CA is made: kubectl -n {namespace} patch secret {secret} --type json -p '[{{\"op\":\"remove\",\"path\":\"/data\"}}]'"
+                "Empty it, and a new CA is made: kubectl -n {namespace} patch secret {secret} --type json \
+                 -p '[{{\"op\":\"remove\",\"path\":\"/data\"}}]'"
             ),
             ManagedError::Configuration(_) => "Apply the manifests: they have it.".to_owned(),
-            ManagedError::Unsettled => "Does another tool write the caBundle, such as cert-manager's ca-injector? Only one can.".to_owned(),
+            ManagedError::Unsettled => {
+                "Does another tool write the caBundle, such as cert-manager's ca-injector? Only one can.".to_owned()
+            }
+        }
+    }
+
+    fn hint_of_api(&self, error: &ApiError) -> String {
+        let SelfManaged { namespace, secret, configuration, .. } = &self.names;
+        let about_secret = matches!(error, ApiError::Refused { what, .. } if what.ends_with(&self.secret_path()));
+        match error {
+            ApiError::NoCluster(_) | ApiError::Account { .. } => {
+                "Certificates of its own need a pod with a service account's token; those from files don't.".to_owned()
+            }
+            error if error.is_not_found() && about_secret => {
+                format!("Make it, empty: kubectl -n {namespace} create secret generic {secret}")
+            }
+            error if error.is_not_found() => {
+                format!("Apply the manifests: there is no MutatingWebhookConfiguration {configuration}.")
+            }
+            error if error.is_forbidden() && about_secret => {
+                format!("The service account needs get and update of the Secret {secret} in {namespace}.")
+            }
+            error if error.is_forbidden() => {
+                format!("The service account needs get and patch of the MutatingWebhookConfiguration {configuration}.")
+            }
+            _ => "It's tried again. The pod needs egress to the API server.".to_owned(),
         }
     }
 }

@@ -71,7 +71,10 @@ pub async fn handle(app: &App, room: &Room, request: Request<Incoming>) -> Respo
     let began = Instant::now();
     let answered = match tokio::time::timeout(TIME_LIMIT, inject(app, room, request)).await {
         Ok(answered) => answered,
-        Err(_) => Err(Refused::new(StatusCode::REQUEST_TIMEOUT, "the body didn't come in time")),
+        Err(_) => Err(Refused::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "it took too long: the body didn't come, or there was no room for it",
+        )),
     };
     match answered {
         Ok(answer) => {
@@ -119,7 +122,8 @@ async fn inject(app: &App, room: &Room, request: Request<Incoming>) -> Result<re
         Some(_) => return Err(too_large()),
     };
     let _room = room.for_body(most).await;
-    let bytes = read(body, most).await?.ok_or_else(too_large)?;
+    let capacity = if announced.is_some() { most } else { FIRST_CAPACITY };
+    let bytes = read(body, most, capacity).await?.ok_or_else(too_large)?;
     review::answer(&bytes, |pod, namespace| (app.injector)(pod, namespace)).map_err(|bad| {
         let status = match bad {
             review::BadReview::TooManyValues => StatusCode::PAYLOAD_TOO_LARGE,
@@ -131,8 +135,8 @@ async fn inject(app: &App, room: &Room, request: Request<Incoming>) -> Result<re
 }
 
 /// The body, unless it has more bytes than that.
-async fn read(mut body: Incoming, most: usize) -> Result<Option<BytesMut>, Refused> {
-    let mut bytes = BytesMut::with_capacity(most.min(FIRST_CAPACITY));
+async fn read(mut body: Incoming, most: usize, capacity: usize) -> Result<Option<BytesMut>, Refused> {
+    let mut bytes = BytesMut::with_capacity(capacity);
     while let Some(frame) = body.frame().await {
         let frame =
             frame.map_err(|error| Refused::new(StatusCode::BAD_REQUEST, format!("the body broke off: {error}")))?;

@@ -68,10 +68,9 @@ pub fn run(settings: &Serve, injection: inject::Settings) -> ExitCode {
         let certificates = Arc::new(Certificates::new(certificates::system_clock(), metrics.clone()));
         let injector: Injector = Arc::new(move |pod, namespace| inject::inject(pod, namespace, &injection));
         let app = Arc::new(App { certificates: certificates.clone(), metrics, injector });
-        tracing::info!(
-            version = env!("CARGO_PKG_VERSION"), listen = %settings.listen, health_listen = %settings.health_listen,
-            "pgsidecar-webhook is up"
-        );
+        let (listen, health_listen) = (bound.webhook.local_addr()?, bound.health.local_addr()?);
+        let version = env!("CARGO_PKG_VERSION");
+        tracing::info!(version, %listen, %health_listen, "pgsidecar-webhook is up");
         let kept = match &settings.certificates {
             settings::Certificates::Files(directory) => {
                 tokio::spawn(files::keep(certificates, directory.clone(), files::POLL))
