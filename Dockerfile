@@ -73,7 +73,9 @@ RUN set -eu; \
     groupadd --gid 999 pgsidecar; \
     useradd --uid 999 --gid 999 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin pgsidecar; \
     # For the control socket. With a read-only root file system a volume is mounted here.
-    install -d -o 999 -g 999 -m 0700 /run/pgsidecar
+    install -d -o 999 -g 999 -m 0700 /run/pgsidecar; \
+    # A new volume of docker's has the owner of the directory that it's mounted on: these are manifests/compose's.
+    install -d -o 999 -g 999 /pgsidecar /pgsidecar-spool /var/lib/pgsidecar /var/lib/postgresql/data
 COPY --from=client /client/ /
 COPY LICENSE /usr/share/doc/pgsidecar/LICENSE
 # Beside each other: the daemon publishes the helper of its own version from there.

@@ -9,5 +9,5 @@ if ! command -v shellcheck >/dev/null; then
     echo "NOT CHECKED: the shell scripts (apt-get install shellcheck)"
     exit 0
 fi
-shellcheck --external-sources --source-path=SCRIPTDIR .ci/run scripts/*.sh tests/e2e/run
+shellcheck --external-sources --source-path=SCRIPTDIR .ci/run scripts/*.sh tests/*/run
 echo "shell scripts ok"
