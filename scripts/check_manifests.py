@@ -224,7 +224,10 @@ def monitoring(known):
     recorded = [{"record": f"dashboard:{number}", "expr": expression} for number, expression in enumerate(expressions)]
     (RENDERED / "dashboard-rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]}))
 
-    # What the documentation calls a metric is one.
+    # What the documentation calls a metric is one, and the sidecar's are all there.
+    documented = set(re.findall(r"^\| `(pgsidecar_[a-z0-9_]+)", Path("docs/api.md").read_text(), re.MULTILINE))
+    own = {metric for metric in known if not metric.startswith("pgsidecar_webhook_")}
+    check(own == documented, f"docs/api.md and the program differ in the metrics {own ^ documented}")
     for path in [Path("README.md"), *Path("docs").glob("*.md")]:
         for metric in set(re.findall(r"`(pgsidecar_[a-z0-9_]+)[`{]", path.read_text())):
             check(metric in known, f"{path}: there is no metric {metric}")
