@@ -22,7 +22,7 @@ OTHERS = {
     ("cert-manager.io/v1", "Certificate"),
 }
 # Metrics that are others'.
-FOREIGN_METRICS = {"up", "kube_job_failed"}
+FOREIGN_METRICS = {"up", "kube_job_failed", "apiserver_admission_webhook_rejection_count"}
 NAME, NAMESPACE = "pgsidecar-webhook", "pgsidecar-system"
 errors = []
 
@@ -182,7 +182,7 @@ def metrics_in(expression):
     # Without what stands in braces and in grouping: labels and their values.
     bare = re.sub(r"\{[^}]*\}", "", expression)
     bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", "", bare)
-    return set(re.findall(r"\b(pgsidecar_[a-z0-9_]+|up|kube_[a-z0-9_]+)\b", bare))
+    return set(re.findall(r"\b(pgsidecar_[a-z0-9_]+|up|kube_[a-z0-9_]+|apiserver_[a-z0-9_]+)\b", bare))
 
 
 def monitoring(known):
