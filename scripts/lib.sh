@@ -23,7 +23,6 @@ GARAGE_VERSION=2.5.0
 CARGO_DENY_VERSION=0.20.2
 CARGO_NEXTEST_VERSION=0.9.143
 KUBERNETES_VALIDATE_VERSION=1.37.0
-PYYAML_VERSION=6.0.3
 KUBECTL_MINOR=1.27 # the first whose kustomize is version 5
 
 # Exit status of a set-up script that only lacks the rights: the caller may go on without that part. Any other failure is a failure.
