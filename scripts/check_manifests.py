@@ -22,7 +22,7 @@ OTHERS = {
     ("cert-manager.io/v1", "Certificate"),
 }
 # Metrics that are others'.
-FOREIGN_METRICS = {"up", "kube_job_failed"}
+FOREIGN_METRICS = {"up", "kube_job_failed", "apiserver_admission_webhook_rejection_count"}
 NAME, NAMESPACE = "pgsidecar-webhook", "pgsidecar-system"
 errors = []
 
@@ -182,7 +182,7 @@ def metrics_in(expression):
     # Without what stands in braces and in grouping: labels and their values.
     bare = re.sub(r"\{[^}]*\}", "", expression)
     bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", "", bare)
-    return set(re.findall(r"\b(pgsidecar_[a-z0-9_]+|up|kube_[a-z0-9_]+)\b", bare))
+    return set(re.findall(r"\b(pgsidecar_[a-z0-9_]+|up|kube_[a-z0-9_]+|apiserver_[a-z0-9_]+)\b", bare))
 
 
 def monitoring(known):
@@ -224,7 +224,10 @@ def monitoring(known):
     recorded = [{"record": f"dashboard:{number}", "expr": expression} for number, expression in enumerate(expressions)]
     (RENDERED / "dashboard-rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]}))
 
-    # What the documentation calls a metric is one.
+    # What the documentation calls a metric is one, and the sidecar's are all there.
+    documented = set(re.findall(r"^\| `(pgsidecar_[a-z0-9_]+)", Path("docs/api.md").read_text(), re.MULTILINE))
+    own = {metric for metric in known if not metric.startswith("pgsidecar_webhook_")}
+    check(own == documented, f"docs/api.md and the program differ in the metrics {own ^ documented}")
     for path in [Path("README.md"), *Path("docs").glob("*.md")]:
         for metric in set(re.findall(r"`(pgsidecar_[a-z0-9_]+)[`{]", path.read_text())):
             check(metric in known, f"{path}: there is no metric {metric}")

@@ -50,7 +50,7 @@ if [[ ! -e $(kubernetes_schemas)/complete ]]; then
         # Made where it stays: virtual environments can't be moved.
         python3 -m venv "$dest"
         "$dest/bin/python3" -m pip install --quiet --disable-pip-version-check --no-input \
-            "kubernetes-validate==$KUBERNETES_VALIDATE_VERSION" "PyYAML==$PYYAML_VERSION" </dev/null >&2
+            "kubernetes-validate==$KUBERNETES_VALIDATE_VERSION" </dev/null >&2
         touch "$dest/complete"
     fi
 fi
