@@ -22,7 +22,6 @@ S3S_FS_VERSION=0.14.1
 GARAGE_VERSION=2.5.0
 CARGO_DENY_VERSION=0.20.2
 CARGO_NEXTEST_VERSION=0.9.143
-CARGO_FUZZ_VERSION=0.13.2
 
 # Exit status of a set-up script that only lacks the rights: the caller may go on without that part. Any other failure is a failure.
 EXIT_NEEDS_ROOT=3
@@ -79,7 +78,6 @@ BENCH_POSTGRES=18 # benches/compare/run.rs has it too
 bench_root() { echo "${PGSIDECAR_BENCH_ROOT:-$(tool_dir bench)}"; }
 pg_bin_18() { echo "${PG_BIN_18:-$(bench_root)/usr/lib/postgresql/$BENCH_POSTGRES/bin}"; }
 nextest_dir() { echo "$(tool_dir "cargo-nextest-$CARGO_NEXTEST_VERSION")/bin"; }
-cargo_fuzz_dir() { echo "$(tool_dir "cargo-fuzz-$CARGO_FUZZ_VERSION")/bin"; }
 cargo_deny() { echo "$(tool_dir "cargo-deny-$CARGO_DENY_VERSION")/bin/cargo-deny"; }
 
 # apt_install PACKAGE...: installs those that are missing.
