@@ -171,7 +171,7 @@ def program_metrics():
                 names.add(f"{name}_info")
             elif kind.startswith("ConstCounter") or (prefix == "pgsidecar_webhook" and "gauge" not in kind.lower()):
                 # Of the webhook's it isn't known from the place; a name that isn't exposed is let pass there.
-                names.update({f"{name}_total", name} if prefix == "pgsidecar_webhook" else {f"{name}_total"})
+                names.update({f"{name}_total", f"{name}_info", name} if prefix == "pgsidecar_webhook" else {f"{name}_total"})
                 names.update(f"{name}{suffix}" for suffix in ("_bucket", "_sum", "_count") if prefix == "pgsidecar_webhook")
             else:
                 names.add(name)

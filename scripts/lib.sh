@@ -24,7 +24,6 @@ CARGO_DENY_VERSION=0.20.2
 CARGO_NEXTEST_VERSION=0.9.143
 KUBERNETES_VALIDATE_VERSION=1.37.0
 KUBECTL_MINOR=1.27 # the first whose kustomize is version 5
-CARGO_FUZZ_VERSION=0.13.2
 
 # Exit status of a set-up script that only lacks the rights: the caller may go on without that part. Any other failure is a failure.
 EXIT_NEEDS_ROOT=3

@@ -151,7 +151,7 @@ async fn measure() {
 async fn large_bodies(address: SocketAddr, tls: &TlsConnector) {
     let mut large = review();
     large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(7 << 20)});
-    large["request"]["object"]["spec"]["large"] = json!(vec![json!({"a": 0}); 24_000]);
+    large["request"]["object"]["spec"]["large"] = json!(vec![json!({"a": 0}); 16_000]);
     let body = Bytes::from(large.to_string());
     let mut under_way = tokio::task::JoinSet::new();
     for _ in 0..24 {

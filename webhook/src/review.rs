@@ -17,9 +17,9 @@ use crate::inject::{Injection, Rejection};
 /// The only version that is spoken.
 const API_VERSION: &str = "admission.k8s.io/v1";
 const KIND: &str = "AdmissionReview";
-/// Values that a body may hold. A large pod has a few thousand; each takes up to a hundred bytes of memory once it is
-/// parsed, whereas in the body it may be two bytes: `0,`.
-const MAX_VALUES: usize = 100_000;
+/// Values that a body may hold. A large pod has a few thousand; an object in them takes 600 bytes of memory
+/// once it is parsed, whereas in the body it may be eight: `{"a":0},`.
+const MAX_VALUES: usize = 50_000;
 
 /// What has become of a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

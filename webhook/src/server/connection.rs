@@ -50,7 +50,7 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 const BUFFER_BYTES: usize = 64 << 10;
 /// Bytes that HTTP/2 takes before they are read, for a stream and for a connection.
 const STREAM_WINDOW: u32 = 64 << 10;
-const CONNECTION_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 128 << 10;
 const MAX_STREAMS: u32 = 100;
 
 /// TLS as it's served. Sessions aren't resumed: the API server doesn't, and they would outlive a certificate.
