@@ -94,7 +94,6 @@ has_kustomize() {
     version=$("$1" version --client 2>/dev/null | sed -n 's/^Client Version: v\([0-9]*\.[0-9]*\).*/\1/p')
     [[ -n $version && $(printf '%s\n' "$KUBECTL_MINOR" "$version" | sort -V | head -n 1) == "$KUBECTL_MINOR" ]]
 }
-cargo_fuzz_dir() { echo "$(tool_dir "cargo-fuzz-$CARGO_FUZZ_VERSION")/bin"; }
 cargo_deny() { echo "$(tool_dir "cargo-deny-$CARGO_DENY_VERSION")/bin/cargo-deny"; }
 
 # apt_install PACKAGE...: installs those that are missing.

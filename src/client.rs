@@ -1,16 +1,24 @@
-//! The command-line tool's side of the control socket.
+//! The command-line tool's side of the control socket, and of the address that PostgreSQL's commands use.
 
-use std::{path::Path, time::Duration};
+use std::{fmt, io, net::SocketAddr, path::Path, time::Duration};
 
 use bytes::{Buf, Bytes, BytesMut};
 use http_body_util::{BodyExt, Full};
-use hyper::{Method, Request, Response, body::Incoming, client::conn::http1};
+use hyper::{
+    Method, Request, Response,
+    body::Incoming,
+    client::conn::http1::{self, SendRequest},
+};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpStream, UnixStream},
+};
 
 use crate::{
     failure::{Code, Failure},
+    http::{PROTOCOL, PROTOCOL_HEADER},
     jobs::Snapshot,
 };
 
@@ -18,9 +26,24 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest answer that is read whole, and the longest line of a stream.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
 
-/// A daemon, by its control socket.
+/// A daemon, by one of its listeners.
 pub struct Client<'a> {
-    socket: &'a Path,
+    place: Place<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Socket(&'a Path),
+    Address(SocketAddr),
+}
+
+impl fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Socket(path) => write!(f, "{}", path.display()),
+            Place::Address(address) => write!(f, "{address}"),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -31,7 +54,24 @@ struct ErrorBody {
 impl<'a> Client<'a> {
     /// The daemon behind this socket. Nothing is connected yet.
     pub fn new(socket: &'a Path) -> Client<'a> {
-        Client { socket }
+        Client { place: Place::Socket(socket) }
+    }
+
+    /// The daemon at the address where PostgreSQL's commands reach it. Nothing is connected yet.
+    pub fn at(address: SocketAddr) -> Client<'static> {
+        Client { place: Place::Address(address) }
+    }
+
+    /// Whether a daemon answers there. It's asked nothing that it would have to ask others. Has no end of its own once
+    /// it's connected.
+    ///
+    /// # Errors
+    /// [`Code::DaemonUnavailable`] if nobody answers, or somebody else does.
+    pub async fn ping(&self) -> Result<(), Failure> {
+        let response = self.request(Method::GET, "/healthz", Bytes::new()).await?;
+        let speaks = response.headers().get(PROTOCOL_HEADER).is_some_and(|protocol| protocol == PROTOCOL);
+        checked(response).await.map(drop)?;
+        speaks.then_some(()).ok_or_else(|| self.gone(&"what answers there isn't pgsidecar, or is of another version"))
     }
 
     /// Asks for a resource.
@@ -96,12 +136,13 @@ impl<'a> Client<'a> {
 
     async fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, Failure> {
         let connect = async {
-            let stream = UnixStream::connect(self.socket).await.map_err(|error| self.gone(&error))?;
-            http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.gone(&error))
+            match self.place {
+                Place::Socket(path) => handshake(UnixStream::connect(path).await).await,
+                Place::Address(address) => handshake(TcpStream::connect(address).await).await,
+            }
         };
         let connected = tokio::time::timeout(CONNECT_TIMEOUT, connect).await;
-        let (mut sender, connection) = connected.map_err(|elapsed| self.gone(&elapsed))??;
-        tokio::spawn(connection);
+        let mut sender = connected.map_err(|elapsed| self.gone(&elapsed))?.map_err(|error| self.gone(&error))?;
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -112,10 +153,19 @@ impl<'a> Client<'a> {
         sender.send_request(request).await.map_err(|error| self.gone(&error))
     }
 
-    fn gone(&self, error: &dyn std::fmt::Display) -> Failure {
-        Failure::new(Code::DaemonUnavailable, format!("the daemon at {} can't be reached: {error}", self.socket.display()))
+    fn gone(&self, error: &dyn fmt::Display) -> Failure {
+        Failure::new(Code::DaemonUnavailable, format!("the daemon at {} can't be reached: {error}", self.place))
             .hint("Run this in the pgsidecar container (kubectl exec POD -c pgsidecar -- pgsidecar …), as the same user; 'pgsidecar run' is the daemon.")
     }
+}
+
+/// Speaks HTTP on what was connected.
+async fn handshake(
+    stream: io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static>,
+) -> Result<SendRequest<Full<Bytes>>, Box<dyn std::error::Error + Send + Sync>> {
+    let (sender, connection) = http1::handshake(TokioIo::new(stream?)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
 }
 
 /// The body, if the answer is a success; otherwise what the daemon says.

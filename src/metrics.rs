@@ -29,6 +29,18 @@ pub fn render(status: &Status) -> Result<String, Failure> {
         flag(!status.problems.is_empty()),
     );
     registry.register(
+        "warnings",
+        "How many things should be looked at that keep nothing from working; /v1/status says which",
+        ConstGauge::new(i64::try_from(status.warnings.len()).unwrap_or(i64::MAX)),
+    );
+    if let Some(foreign) = status.foreign_data_directory {
+        registry.register(
+            "data_directory_foreign",
+            "1 if the data directory belongs to another user than pgsidecar runs as",
+            flag(foreign),
+        );
+    }
+    registry.register(
         "store_look_first",
         "1 if the store doesn't refuse to overwrite by itself, so that two writers could pass each other",
         flag(status.conditional_creation.as_deref().is_some_and(|text| text != "honoured")),

@@ -98,6 +98,35 @@ impl ServerState {
     }
 }
 
+/// Says to whom a data directory belongs, and what to set, if that's another user than we are; `None` also where it
+/// can't be told.
+pub fn foreign_owner(path: &Path) -> Option<Failure> {
+    let (owner, ours) = (fs::metadata(path).ok()?.uid(), rustix::process::geteuid().as_raw());
+    // A new volume that is opened to the pod's group, as it's wanted.
+    if owner == 0 && rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok() {
+        return None;
+    }
+    let what =
+        format!("the data directory {} belongs to user {owner}, and pgsidecar runs as user {ours}", path.display());
+    (owner != ours).then(|| Failure::new(Code::DataDirectory, what).hint(owner_hint(owner)))
+}
+
+/// What to set where the volume belongs to this user.
+pub fn owner_hint(owner: u32) -> String {
+    match owner {
+        // PostgreSQL never runs as root: it's the volume that nobody was given yet.
+        0 => {
+            let gid = rustix::process::getegid().as_raw();
+            format!(
+                "Set securityContext.fsGroup: {gid} for the pod, so that its volumes can be written to (where it's injected: the annotation pgsidecar.dev/fs-group: add)."
+            )
+        }
+        _ => format!(
+            "Run the pgsidecar container as the user of PostgreSQL, {owner} (securityContext.runAsUser: {owner}; where it's injected, the annotation pgsidecar.dev/run-as-user: \"{owner}\")."
+        ),
+    }
+}
+
 /// Sorts as PostgreSQL's archiver does: timeline histories first, then by name.
 pub fn archiving_order(name: &ArchiveFileName) -> (bool, String) {
     (!matches!(name, ArchiveFileName::History(_)), name.to_string())
@@ -111,18 +140,11 @@ impl DataDirectory {
     pub fn open(path: &Path) -> Result<DataDirectory, Failure> {
         let shown = path.display();
         let refuse = |message: String| Failure::new(Code::DataDirectory, message);
-        let unreadable = |error: &io::Error| {
-            let owner = fs::metadata(path).map(|meta| meta.uid());
-            let ours = rustix::process::geteuid().as_raw();
-            match (error.kind(), owner) {
-                (io::ErrorKind::PermissionDenied, Ok(owner)) if owner != ours => refuse(format!(
-                    "the data directory {shown} belongs to user {owner}, and pgsidecar runs as user {ours}"
-                ))
-                .hint(format!("Run the pgsidecar container as user {owner} (securityContext.runAsUser: {owner}).")),
-                _ => refuse(format!("the data directory {shown} can't be read: {error}")).hint(
-                    "Mount the volume of PostgreSQL's data at the same path in this container, and set PGDATA to it.",
-                ),
-            }
+        let unreadable = |error: &io::Error| match (error.kind(), foreign_owner(path)) {
+            (io::ErrorKind::PermissionDenied, Some(foreign)) => foreign,
+            _ => refuse(format!("the data directory {shown} can't be read: {error}")).hint(
+                "Mount the volume of PostgreSQL's data at the same path in this container, and set PGDATA to it.",
+            ),
         };
         match fs::metadata(path.join("PG_VERSION")) {
             Ok(_) => {}

@@ -7,7 +7,10 @@
 use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
 use jiff::Timestamp;
-use pgsidecar_core::{Lsn, SegmentName, SystemIdentifier, TimelineId};
+use pgsidecar_core::{
+    Lsn, SegmentName, SystemIdentifier, TimelineId,
+    archiving::{ArchivingSettings, ShadowedSetting},
+};
 use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 
 use crate::{
@@ -125,7 +128,7 @@ impl Session {
             config.host(&settings.host);
         }
         if let Some(password) = password(settings)? {
-            config.password(password);
+            config.password(password.into_text());
         }
         let place = format!("PostgreSQL at {}:{}", settings.host, settings.port);
         let connecting = tokio::time::timeout(CONNECT_TIMEOUT, config.connect(NoTls));
@@ -323,6 +326,45 @@ impl Session {
         get::<Option<String>>(&row, 0)?.map(|text| text.parse().map_err(Failure::internal)).transpose()
     }
 
+    /// What the server says of its archiving. What its command line outranks is told to those alone who may read the
+    /// configuration files (superusers, and whoever was granted it).
+    pub async fn archiving(&self) -> ArchivingSettings {
+        let sql = "SELECT s.name, f.setting, f.sourcefile, f.sourceline FROM pg_settings s, LATERAL (\
+                       SELECT setting, sourcefile, sourceline FROM pg_file_settings WHERE name = s.name \
+                       ORDER BY seqno DESC LIMIT 1) f \
+                   WHERE s.name IN ('archive_command', 'restore_command') AND s.source = 'command line' \
+                   AND s.setting <> '(disabled)' AND f.setting <> '' AND f.setting <> s.setting";
+        // Asked first: what is refused stands in the server's log each time.
+        let may = "SELECT has_table_privilege('pg_file_settings', 'SELECT') \
+                   AND has_function_privilege('pg_show_all_file_settings()', 'EXECUTE') \
+                   AND EXISTS (SELECT FROM pg_settings WHERE name IN ('archive_command', 'restore_command') AND source = 'command line')";
+        let worth_it = async { get::<bool>(&self.row(may, &[], STATEMENT_TIMEOUT).await?, 0) };
+        let rows = match worth_it.await {
+            Ok(true) => {
+                let asked = tokio::time::timeout(STATEMENT_TIMEOUT, self.client.query(sql, &[])).await;
+                asked.ok().and_then(Result::ok).unwrap_or_default()
+            }
+            _ => Vec::new(),
+        };
+        let shadowed = |row: &Row| {
+            Ok::<_, Failure>(ShadowedSetting {
+                name: get(row, 0)?,
+                value: get(row, 1)?,
+                file: get(row, 2)?,
+                line: get(row, 3)?,
+            })
+        };
+        let server = &self.server;
+        ArchivingSettings {
+            major: server.major(),
+            wal_level: server.wal_level.clone(),
+            archive_mode: server.archive_mode.clone(),
+            archive_command: server.archive_command.clone(),
+            archive_library: server.archive_library.clone(),
+            shadowed: rows.iter().filter_map(|row| shadowed(row).ok()).collect(),
+        }
+    }
+
     /// Up to where the WAL is summarized, in files that are durable (17 and later). [`Lsn::INVALID`] if the server hasn't
     /// looked yet since it started.
     ///
@@ -418,7 +460,7 @@ fn unavailable(place: &str, error: &tokio_postgres::Error) -> Failure {
             failure.hint("'pgsidecar check --explain' prints the GRANTs that the role needs.")
         }
         code if *code == SqlState::INVALID_PASSWORD || *code == SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
-            failure.hint("Check PGUSER, and the password in PGPASSFILE or PGPASSWORD.")
+            failure.hint("Check PGUSER, and its password: in PGPASSWORD, PGPASSFILE or, for the superuser of PostgreSQL's image, POSTGRES_PASSWORD. The image sets that only in a new database.")
         }
         code if *code == SqlState::CANNOT_CONNECT_NOW => failure.hint("The server is starting or stopping; try again."),
         _ => match db.hint() {
@@ -428,11 +470,44 @@ fn unavailable(place: &str, error: &tokio_postgres::Error) -> Failure {
     }
 }
 
-/// `PGPASSWORD`, or else what the password file says; read anew for each connection, because Secrets rotate.
-pub(crate) fn password(settings: &ConnectionSettings) -> Result<Option<String>, Failure> {
-    if let Some(password) = std::env::var("PGPASSWORD").ok().filter(|password| !password.is_empty()) {
-        return Ok(Some(password));
+/// A password, and where it was found.
+pub(crate) enum Password {
+    /// In a file that libpq would look into as well.
+    InFile(String),
+    /// Elsewhere: in a variable, or in what PostgreSQL's image was told.
+    Elsewhere(String),
+}
+
+impl Password {
+    fn into_text(self) -> String {
+        match self {
+            Password::InFile(password) | Password::Elsewhere(password) => password,
+        }
     }
+}
+
+/// `PGPASSWORD`, or else what the password file says, or else what PostgreSQL's image was told; read anew for each
+/// connection, because Secrets rotate.
+pub(crate) fn password(settings: &ConnectionSettings) -> Result<Option<Password>, Failure> {
+    if let Some(password) = std::env::var("PGPASSWORD").ok().filter(|password| !password.is_empty()) {
+        return Ok(Some(Password::Elsewhere(password)));
+    }
+    let in_image = || settings.image_password().map(Password::Elsewhere);
+    match password_in_file(settings) {
+        Ok(Some(password)) => Ok(Some(Password::InFile(password))),
+        Ok(None) => Ok(in_image()),
+        // The variable may have been copied from PostgreSQL's container, and what it names be there alone.
+        Err(failure) => match in_image() {
+            Some(password) => {
+                tracing::warn!(hint = failure.hint, "{failure}; the password that PostgreSQL's image was told is used");
+                Ok(Some(password))
+            }
+            None => Err(failure),
+        },
+    }
+}
+
+fn password_in_file(settings: &ConnectionSettings) -> Result<Option<String>, Failure> {
     let (path, named) = match &settings.passfile {
         PassFile::Named(path) => (path, true),
         PassFile::Home(path) => (path, false),
@@ -506,6 +581,7 @@ mod tests {
             user: "backup".into(),
             database: "postgres".into(),
             passfile: PassFile::Home("/nonexistent".into()),
+            image_password: None,
         }
     }
 

@@ -9,7 +9,10 @@ use std::{
 use bytes::Bytes;
 use clap::Args;
 use jiff::Timestamp;
-use pgsidecar_core::{ArchiveFileName, ControlFile, Layout, ObjectKey};
+use pgsidecar_core::{
+    ArchiveFileName, ControlFile, Layout, ObjectKey,
+    archiving::{ArchivingFault, OtherWays},
+};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -20,7 +23,7 @@ use crate::{
     dump::tools::Tools,
     failure::{Code, Failure},
     histories,
-    pgdata::DataDirectory,
+    pgdata::{DataDirectory, foreign_owner},
     postgres::Session,
     repository::Repository,
     settings::{Settings, WorkSettings},
@@ -225,14 +228,19 @@ fn check_data_directory(report: &mut Report, work: &WorkSettings) -> Option<(Dat
         .pgdata()
         .and_then(DataDirectory::open)
         .and_then(|pgdata| pgdata.control().map(|control| (pgdata, control)));
-    report.step("data directory", opened, |(pgdata, control)| {
+    let opened = report.step("data directory", opened, |(pgdata, control)| {
         format!(
             "{} of system {}, WAL segments of {}",
             pgdata.path().display(),
             control.system_identifier,
             control.wal_segment_size
         )
-    })
+    });
+    // Where it could be read in spite of that.
+    if let Some(foreign) = opened.as_ref().and_then(|(pgdata, _)| foreign_owner(pgdata.path())) {
+        report.add("data directory", State::Warning, foreign.message, foreign.hint);
+    }
+    opened
 }
 
 async fn check_postgres(
@@ -292,7 +300,7 @@ async fn check_postgres(
     if !report.findings.iter().any(|finding| finding.check == "rights") {
         report.ok("rights", "all functions that are needed may be called");
     }
-    check_archiving(report, &server);
+    check_archiving(report, work, &session).await;
     Some(session)
 }
 
@@ -306,46 +314,21 @@ async fn check_tools(report: &mut Report, work: &WorkSettings, major: u32) {
     }
 }
 
-fn check_archiving(report: &mut Report, server: &crate::postgres::ServerFacts) {
+async fn check_archiving(report: &mut Report, work: &WorkSettings, session: &Session) {
     let check = "archiving";
-    if server.wal_level == "minimal" {
-        report.add(check, State::Failed, "wal_level is minimal", "Set wal_level = replica and restart PostgreSQL.");
+    let archiving = session.archiving().await;
+    let others = OtherWays { by_directory: work.archive_directory.is_some(), has_asked: false };
+    match archiving.fault(others) {
+        None => report.ok(check, format!("archive_command is {}", archiving.archive_command)),
+        Some(fault) => {
+            // It may be a script that calls pgsidecar: whether WAL arrives is looked at below.
+            let state = if matches!(fault, ArchivingFault::Foreign(_)) { State::Warning } else { State::Failed };
+            report.add(check, state, fault.to_string(), fault.hint(&work.helper.display().to_string()));
+        }
     }
-    if server.archive_mode == "off" {
-        report.add(check, State::Failed, "archive_mode is off", "Set archive_mode = on and restart PostgreSQL.");
-    } else if !server.archive_library.is_empty() {
-        report.add(
-            check,
-            State::Failed,
-            format!("archive_library is {:?}: archive_command is not used", server.archive_library),
-            "Reset archive_library.",
-        );
-    } else if server.archive_command.is_empty() || server.archive_command == "(disabled)" {
-        report.add(
-            check,
-            State::Failed,
-            "archive_command is empty",
-            "Set archive_command = 'pgsidecar-wal archive %p' and reload.",
-        );
-    } else if server.archive_command.contains("curl") && !has_fail_flag(&server.archive_command) {
-        // Without -f curl ends with 0 on an error, and PostgreSQL takes the segment as archived.
-        report.add(
-            check,
-            State::Failed,
-            format!("archive_command doesn't notice errors: {}", server.archive_command),
-            "Use curl -fsS --max-time 60 -T %p …, or pgsidecar-wal archive %p.",
-        );
-    } else {
-        report.ok(check, format!("archive_command is {}", server.archive_command));
+    for shadowed in archiving.shadowed() {
+        report.add(check, State::Warning, shadowed.to_string(), shadowed.hint());
     }
-}
-
-/// Whether curl is told to end with an error on an HTTP error. What stands before it (`test -f %p &&`) isn't curl's.
-fn has_fail_flag(command: &str) -> bool {
-    let mut words = command.split_whitespace().skip_while(|word| !word.ends_with("curl"));
-    words.any(|word| {
-        word.starts_with("--fail") || (word.starts_with('-') && !word.starts_with("--") && word.contains('f'))
-    })
 }
 
 async fn check_daemon(report: &mut Report, settings: &Settings) -> bool {
@@ -387,6 +370,14 @@ GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean
 -- PostgreSQL 14 instead:
 -- GRANT EXECUTE ON FUNCTION pg_start_backup(text, boolean, boolean), pg_stop_backup(boolean, boolean) TO pgsidecar;
 GRANT EXECUTE ON FUNCTION pg_switch_wal(), pg_create_restore_point(text) TO pgsidecar;   -- for 'check' and 'restore-point'
+-- For dumps; with pg_read_all_data come the hashes of the roles' passwords:
+GRANT pg_read_all_data TO pgsidecar;
+-- GRANT CONNECT ON DATABASE … TO pgsidecar;                                  -- each that not everybody may connect to
+-- ALTER ROLE pgsidecar BYPASSRLS;                                            -- where tables have row level security
+-- GRANT SELECT ON LARGE OBJECT … TO pgsidecar;                               -- each, if there are such
+-- Optional, in the database that PGDATABASE names: 'check' and 'status' tell what the server's command line outranks
+GRANT SELECT ON pg_file_settings TO pgsidecar;
+GRANT EXECUTE ON FUNCTION pg_show_all_file_settings() TO pgsidecar;
 
 -- S3: the policy of the identity that the sidecar uses
 {

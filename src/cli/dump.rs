@@ -24,7 +24,7 @@ use crate::{
     dump::{
         self, DumpRequest, globals,
         restore::DumpRestore,
-        server::Server,
+        server::{Server, Way},
         tools::Tools,
         verify::{VerifiedDump, verify},
     },
@@ -211,7 +211,7 @@ async fn once(
     json: bool,
 ) -> Result<DumpRecord, Failure> {
     let progress = cancelled_by_signals()?;
-    let server = dump::connect(work).await?;
+    let server = dump::connect(work, Way::Libpq).await?;
     let system = match named {
         Some(system) => system,
         None => server.system_identifier().await?,
@@ -297,7 +297,7 @@ async fn restore(settings: &Settings, args: RestoreArgs) -> Result<(), Failure> 
     let (named, needed) = (work.pg_bindir.clone(), record.tools_major);
     let tools = tokio::task::spawn_blocking(move || Tools::find(named.as_deref(), needed)).await?;
     let tools = tools.map_err(|failure| failure.context(format!("dump {} was made by pg_dump {needed}", record.id)))?;
-    let server = Server::new(tools, &work.connection);
+    let server = Server::new(tools, &work.connection, Way::Libpq);
     let Some(database) = args.database else {
         let restored = globals::restore(&server, &repository, &record).await?;
         if args.output.json {

@@ -18,6 +18,7 @@ pub mod schedule;
 pub mod side;
 pub mod snapshot;
 pub mod status;
+pub mod wait;
 pub mod wal;
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
@@ -68,6 +69,8 @@ enum Command {
     },
     /// Before PostgreSQL starts: decide what an empty data directory means, restore or clone into it when asked to
     Prepare(prepare::PrepareArgs),
+    /// Wait until the daemon answers: for a hook after its start
+    Await(wait::AwaitArgs),
     /// Try everything that backups and restores will need
     Check(check::CheckArgs),
     /// Show how the daemon stands: archiving, the last backup, what is wrong
@@ -159,6 +162,7 @@ async fn dispatch(command: Command, settings: &Settings) -> Result<ExitCode, Fai
             daemon::run(settings, publish_helper).await.map(done)
         }
         Command::Prepare(args) => prepare::run(settings, &args).await.map(done),
+        Command::Await(args) => wait::run(settings, &args).await.map(done),
         Command::Check(args) => check::run(settings, &args).await,
         Command::Status(args) => status::run(settings, args).await.map(done),
         Command::Schedule(args) => schedule::run(settings, &args).await.map(done),

@@ -177,12 +177,15 @@ fn print(pruned: &Pruned) -> Result<(), Failure> {
 
 fn print_removed(pruned: &Pruned) -> Result<(), Failure> {
     let verb = if pruned.dry_run { "Would go" } else { "Removed " };
-    let Removed { backups, remains, snapshots, dumps, wal_files, bytes } = &pruned.removed;
+    let Removed { backups, remains, snapshots, dumps, records, wal_files, bytes } = &pruned.removed;
     let line = |what: String| output::print_line(&format!("{verb} {what}"));
     backups.iter().try_for_each(|id| line(id.to_string()))?;
     remains.iter().try_for_each(|id| line(format!("what is left of {id}, which was never completed")))?;
     snapshots.iter().try_for_each(|id| line(format!("the record of {id}; the snapshot itself is the storage's")))?;
     dumps.iter().try_for_each(|id| line(format!("dump {id}")))?;
+    if *records > 0 {
+        line(format!("{records} records of drills and scheduled runs that are older than 400 days"))?;
+    }
     line(format!("{wal_files} files of WAL; {} in all", output::size(*bytes)))
 }
 

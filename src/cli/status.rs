@@ -86,10 +86,12 @@ pub async fn run(settings: &Settings, args: OutputArgs) -> Result<(), Failure> {
         ))?;
     }
     print_growth(&status["growth"])?;
-    for problem in status["problems"].as_array().into_iter().flatten() {
-        output::print_line(&format!("Problem         {}", problem["message"].as_str().unwrap_or_default()))?;
-        if let Some(hint) = problem["hint"].as_str().filter(|hint| !hint.is_empty()) {
-            output::print_line(&format!("                HINT: {hint}"))?;
+    for (list, name) in [("problems", "Problem"), ("warnings", "Warning")] {
+        for one in status[list].as_array().into_iter().flatten() {
+            output::print_line(&format!("{name}         {}", one["message"].as_str().unwrap_or_default()))?;
+            if let Some(hint) = one["hint"].as_str().filter(|hint| !hint.is_empty()) {
+                output::print_line(&format!("                HINT: {hint}"))?;
+            }
         }
     }
     Ok(())

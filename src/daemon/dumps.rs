@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::App;
 use crate::{
-    dump::{self, DumpRequest},
+    dump::{self, DumpRequest, server::Way},
     failure::{Code, Failure},
     jobs::Job,
     repository::Repository,
@@ -102,7 +102,7 @@ impl App {
         let (repository, settings, app) = (work.repository(system), work.settings.clone(), self.clone());
         self.jobs.start("dump", |progress| async move {
             let done = async {
-                let server = dump::connect(&settings).await?;
+                let server = dump::connect(&settings, Way::Own).await?;
                 let there = server.system_identifier().await?;
                 if there != system {
                     return Err(Failure::new(

@@ -17,6 +17,7 @@ mod restore_points;
 pub mod restores;
 mod retention;
 mod schedules;
+mod server;
 mod snapshots;
 mod status;
 
@@ -50,7 +51,7 @@ use crate::{
     histories::{self, KnownHistories},
     http::{self, Listener, wal::Asker},
     jobs::{Job, Jobs},
-    pgdata::DataDirectory,
+    pgdata::{DataDirectory, foreign_owner},
     repository::{Repository, Stored},
     retention::growth::KnownGrowth,
     schedule::{self, Scheduler},
@@ -113,6 +114,10 @@ pub struct App {
     scheduler: Scheduler,
     /// What went wrong at the start and doesn't keep the rest from working.
     start_problem: Option<Failure>,
+    /// The data directory, where a usable one was named, whatever else is wrong.
+    pgdata: Option<PathBuf>,
+    /// When PostgreSQL asked last to archive.
+    asked: Mutex<Option<tokio::time::Instant>>,
     stopping: AtomicBool,
 }
 
@@ -131,6 +136,7 @@ struct Work {
     drilled: tokio::sync::Mutex<Option<(Instant, Option<LastDrill>)>>,
     growth: KnownGrowth,
     dumped: dumps::Dumped,
+    server: server::KnownServer,
 }
 
 impl App {
@@ -155,6 +161,7 @@ impl App {
                     drilled: tokio::sync::Mutex::default(),
                     growth: KnownGrowth::default(),
                     dumped: dumps::Dumped::default(),
+                    server: server::KnownServer::default(),
                 })
             }
         };
@@ -166,6 +173,8 @@ impl App {
             archiver: Arc::default(),
             scheduler: Scheduler::default(),
             start_problem,
+            pgdata: settings.start.pgdata.clone(),
+            asked: Mutex::default(),
             stopping: AtomicBool::new(false),
         }
     }
@@ -184,6 +193,17 @@ impl App {
         self.stopping.load(Relaxed)
     }
 
+    /// When PostgreSQL asked last to archive.
+    fn asked_last(&self) -> Option<tokio::time::Instant> {
+        self.asked.lock().ok().and_then(|asked| *asked)
+    }
+
+    fn note_asked(&self) {
+        if let Ok(mut asked) = self.asked.lock() {
+            *asked = Some(tokio::time::Instant::now());
+        }
+    }
+
     /// The repository of the database in the data directory.
     ///
     /// # Errors
@@ -198,6 +218,7 @@ impl App {
     /// # Errors
     /// Why it isn't in the repository.
     pub async fn archive_file(&self, name: ArchiveFileName, asker: Option<Asker>) -> Result<Stored, Failure> {
+        self.note_asked();
         let origin = self.ready_to_archive(name).await?;
         if let Some(asker) = asker {
             check_asker(&origin, name, asker).inspect_err(|failure| self.archiver.note_failure(name, failure))?;
@@ -220,6 +241,7 @@ impl App {
         body: ChannelReader,
         length: Option<u64>,
     ) -> Result<Stored, Failure> {
+        self.note_asked();
         let origin = self.ready_to_archive(name).await?;
         self.archiver.archive_body(&origin, name, body, length).await
     }
@@ -381,6 +403,10 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
             "pgsidecar is up, but can't work: {failure}"
         ),
     }
+    if let Some(foreign) = app.pgdata.as_deref().and_then(foreign_owner) {
+        tracing::warn!(hint = foreign.hint, "{foreign}");
+    }
+    let asking = tokio::spawn(server::keep(app.clone(), signalled.clone()));
     let start_work = tokio::spawn(start_work(app.clone(), stop.clone()));
     let scheduled = tokio::spawn(schedule::run(app.clone(), signalled.clone()));
     let mut servers = tokio::task::JoinSet::new();
@@ -408,6 +434,7 @@ pub async fn run(settings: &Settings, publish_helper: Option<PathBuf>) -> Result
     }
     start_work.abort();
     scheduled.abort();
+    asking.abort();
     let _ = std::fs::remove_file(control_socket);
     Ok(())
 }

@@ -10,7 +10,7 @@ use super::{App, FailedDump, LastDump, Work};
 use crate::{
     failure::{Code, Failure},
     jobs::Snapshot,
-    pgdata::Volume,
+    pgdata::{DataDirectory, Volume, foreign_owner},
     repository::Repository,
     schedule::ScheduleStatus,
     store::ConditionalCreation,
@@ -63,6 +63,10 @@ pub struct Status {
     pub state: &'static str,
     /// What keeps it from working.
     pub problems: Vec<Failure>,
+    /// What should be looked at, and keeps nothing from working.
+    pub warnings: Vec<Failure>,
+    /// Whether the data directory belongs to another user than pgsidecar runs as; unknown where that can't be told.
+    pub foreign_data_directory: Option<bool>,
     /// The name in the repository.
     pub cluster: Option<String>,
     /// The database system of the data directory.
@@ -123,6 +127,8 @@ impl App {
             version: env!("CARGO_PKG_VERSION"),
             state: "ok",
             problems: self.start_problem.iter().cloned().collect(),
+            warnings: Vec::new(),
+            foreign_data_directory: None,
             cluster: None,
             system_identifier: None,
             repository: None,
@@ -146,12 +152,32 @@ impl App {
         status.problems.extend(status.schedule.iter().filter_map(ScheduleStatus::problem));
         match &self.work {
             Err(failure) => status.problems.push(failure.clone()),
-            Ok(work) => work.describe(&mut status).await,
+            Ok(work) => {
+                work.describe(&mut status).await;
+                status.problems.extend(work.archiving_fault(self.asked_last()));
+                status.warnings = work.server_warnings();
+            }
         }
+        self.describe_owner(&mut status);
         if !status.problems.is_empty() {
             status.state = "degraded";
         }
         status
+    }
+}
+
+impl App {
+    fn describe_owner(&self, status: &mut Status) {
+        let Some(pgdata) = self.pgdata.as_deref().filter(|pgdata| pgdata.exists()) else { return };
+        let foreign = foreign_owner(pgdata);
+        status.foreign_data_directory = Some(foreign.is_some());
+        let told = |failure: &Failure| status.problems.iter().any(|problem| problem.message == failure.message);
+        // Where it can be read in spite of that, as by a group (initdb -g), WAL and backups work.
+        let foreign = foreign.filter(|failure| !told(failure));
+        match DataDirectory::open(pgdata) {
+            Ok(_) => status.warnings.extend(foreign),
+            Err(_) => status.problems.extend(foreign),
+        }
     }
 }
 

@@ -46,7 +46,7 @@ use serde::{Deserialize, Serialize};
 use self::{
     archive::Dumping,
     program::Program,
-    server::{DumpedServer, FoundDatabase, Server, is_of_postgres},
+    server::{DumpedServer, FoundDatabase, Server, Way, is_of_postgres},
     tools::Tools,
 };
 use crate::{
@@ -94,10 +94,12 @@ impl Default for DumpRequest {
 ///
 /// # Errors
 /// [`Code::Misconfigured`] if there are none; what psql says.
-pub async fn connect(settings: &WorkSettings) -> Result<Server, Failure> {
+pub async fn connect(settings: &WorkSettings, way: Way) -> Result<Server, Failure> {
     let (named, connection) = (settings.pg_bindir.clone(), settings.connection.clone());
-    let server =
-        tokio::task::spawn_blocking(move || Ok::<_, Failure>(Server::new(Tools::any(named.as_deref())?, &connection)));
+    let server = tokio::task::spawn_blocking(move || {
+        let tools = Tools::any(named.as_deref())?;
+        Ok::<_, Failure>(Server::new(tools, &connection, way))
+    });
     let server = server.await??;
     let major = server.major().await?;
     let named = settings.pg_bindir.clone();

@@ -11,8 +11,9 @@ use serde::{Deserialize, de::DeserializeOwned};
 use super::{program, tools::Tools};
 use crate::{
     failure::{Code, Failure},
-    postgres,
+    postgres::{self, Password},
     settings::{ConnectionSettings, PassFile},
+    side::program::without_libpq,
 };
 
 /// Bits of a password file's mode with which libpq ignores it.
@@ -23,6 +24,16 @@ const OPEN_TO_OTHERS: u32 = 0o077;
 pub struct Server {
     tools: Tools,
     connection: ConnectionSettings,
+    way: Way,
+}
+
+/// What else than the settings tells how a server is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Nothing: it's the server beside us, whatever libpq's variables say, which may be meant for others.
+    Own,
+    /// What libpq reads from the environment (`PGSSLMODE`, `PGSERVICE`, …).
+    Libpq,
 }
 
 /// What has to be known of it.
@@ -71,9 +82,9 @@ const DATABASES: &str = "SELECT json_build_object(\
     ) ORDER BY datname) FROM pg_database d), '[]'))";
 
 impl Server {
-    /// The server that the settings and libpq's environment name.
-    pub fn new(tools: Tools, connection: &ConnectionSettings) -> Server {
-        Server { tools, connection: connection.clone() }
+    /// The server that the settings name.
+    pub fn new(tools: Tools, connection: &ConnectionSettings, way: Way) -> Server {
+        Server { tools, connection: connection.clone(), way }
     }
 
     /// The tools.
@@ -84,12 +95,12 @@ impl Server {
     /// The same server with other tools.
     #[must_use]
     pub fn with(&self, tools: Tools) -> Server {
-        Server { tools, connection: self.connection.clone() }
+        Server { tools, connection: self.connection.clone(), way: self.way }
     }
 
     /// Where it is, for people.
     pub fn description(&self) -> String {
-        match std::env::var("PGSERVICE").ok().filter(|service| !service.is_empty()) {
+        match std::env::var("PGSERVICE").ok().filter(|service| self.way == Way::Libpq && !service.is_empty()) {
             Some(service) => format!("service {service}"),
             None => format!("{}:{}", self.connection.host, self.connection.port),
         }
@@ -100,14 +111,16 @@ impl Server {
         &self.connection.database
     }
 
-    /// A client program that connects to this server. What else libpq reads from the environment (`PGSSLMODE`,
-    /// `PGSERVICE`, …) it inherits.
+    /// A client program that connects to this server.
     ///
     /// # Errors
     /// If the password file can't be read.
     pub fn command(&self, name: &str) -> Result<Command, Failure> {
         let connection = &self.connection;
         let mut command = self.tools.command(name);
+        if self.way == Way::Own {
+            without_libpq(&mut command);
+        }
         command
             .env("PGHOST", &connection.host)
             .env("PGPORT", connection.port.to_string())
@@ -120,18 +133,37 @@ impl Server {
             "pg_dump" => command.env_remove("PGCLIENTENCODING"),
             _ => command.env("PGCLIENTENCODING", "UTF8"),
         };
-        if std::env::var_os("PGCONNECT_TIMEOUT").is_none() {
+        if self.way == Way::Own || std::env::var_os("PGCONNECT_TIMEOUT").is_none() {
             command.env("PGCONNECT_TIMEOUT", "15");
         }
         if let PassFile::Named(path) = &connection.passfile {
             command.env("PGPASSFILE", path);
-            // libpq ignores the file of a Secret's volume, which its group can read; we take the password out.
-            let is_open = std::fs::metadata(path).is_ok_and(|meta| meta.mode() & OPEN_TO_OTHERS != 0);
-            if is_open && let Some(password) = postgres::password(connection)? {
-                command.env("PGPASSWORD", password);
-            }
+        }
+        if let Some(password) = self.password()? {
+            command.env("PGPASSWORD", password);
         }
         Ok(command)
+    }
+
+    /// The password that libpq wouldn't find by itself.
+    fn password(&self) -> Result<Option<String>, Failure> {
+        // With these it goes to another server than the settings say, or as another role.
+        let elsewhere = self.way == Way::Libpq && ["PGSERVICE", "PGHOSTADDR"].map(is_set).contains(&true);
+        // libpq ignores the file of a Secret's volume, which its group can read; we take the password out.
+        let is_open = match &self.connection.passfile {
+            PassFile::Named(path) => std::fs::metadata(path).is_ok_and(|meta| meta.mode() & OPEN_TO_OTHERS != 0),
+            PassFile::Home(_) => false,
+        };
+        match postgres::password(&self.connection) {
+            Ok(Some(Password::InFile(password))) => Ok(Some(password).filter(|_| is_open)),
+            Ok(Some(Password::Elsewhere(password))) => {
+                Ok(Some(password).filter(|_| !elsewhere || is_set("PGPASSWORD")))
+            }
+            Ok(None) => Ok(None),
+            Err(failure) if is_open => Err(failure),
+            // libpq connects without it where none is asked for.
+            Err(_) => Ok(None),
+        }
     }
 
     /// The same, connected to this database.
@@ -230,6 +262,10 @@ impl Server {
             format!("SELECT to_json(EXISTS (SELECT FROM pg_database WHERE datname = {}))", literal(name.as_str()));
         self.json(None, &sql).await
     }
+}
+
+fn is_set(name: &str) -> bool {
+    std::env::var_os(name).is_some_and(|value| !value.is_empty())
 }
 
 /// A text as SQL, whatever `standard_conforming_strings` is.

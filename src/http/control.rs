@@ -25,6 +25,7 @@
 //! POST /v1/restore-points        {"name": …, "shipping": …}: makes a restore point; its record
 //! GET  /v1/restore-points        those in the repository
 //! GET  /v1/schedule              what is done by schedule: when next, and how it went
+//! GET  /healthz                  whether the daemon is there
 //! GET  /v1/status
 //! ```
 
@@ -37,7 +38,7 @@ use pgsidecar_core::{chain::BackupType, recovery::RestorePointName};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::sync::mpsc;
 
-use super::{Answer, json, no_such_route, streamed};
+use super::{Answer, alive, json, no_such_route, streamed};
 use crate::{
     backup::BackupRequest,
     daemon::App,
@@ -213,6 +214,7 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
                 _ => Err(no_such_route(&request)),
             }
         }
+        (&Method::GET, ["healthz"]) => Ok(alive()),
         (&Method::GET, ["v1", "status"]) => Ok(json(StatusCode::OK, &app.status().await)),
         _ => Err(no_such_route(&request)),
     }

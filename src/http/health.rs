@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use hyper::{Method, Request, StatusCode, body::Incoming};
 
-use super::{Answer, bytes, no_such_route};
+use super::{Answer, alive, bytes, no_such_route};
 use crate::{
     daemon::App,
     failure::{Code, Failure},
@@ -22,7 +22,7 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
     let text =
         |text: &'static str| bytes(StatusCode::OK, "text/plain; charset=utf-8", Bytes::from_static(text.as_bytes()));
     match (request.method(), request.uri().path()) {
-        (&Method::GET, "/healthz") => Ok(text("alive\n")),
+        (&Method::GET, "/healthz") => Ok(alive()),
         (&Method::GET, "/readyz") if app.is_stopping() => Err(Failure::new(Code::Stopping, "pgsidecar is stopping")),
         (&Method::GET, "/readyz") => Ok(text("ready\n")),
         (&Method::GET, "/metrics") => {

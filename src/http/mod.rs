@@ -37,7 +37,8 @@ use crate::failure::{Code, Failure};
 /// Spoken between helper and daemon, which may come from different releases. In every answer: the helper believes
 /// nobody else.
 pub const PROTOCOL: &str = "1";
-const PROTOCOL_HEADER: &str = "pgsidecar-protocol";
+/// The header that says it.
+pub const PROTOCOL_HEADER: &str = "pgsidecar-protocol";
 /// Connections that a listener serves at a time; further ones wait to be accepted.
 const MAX_CONNECTIONS: usize = 64;
 /// How long a client may take to send a request's head.
@@ -172,6 +173,11 @@ pub fn json(status: StatusCode, value: &impl Serialize) -> Answer {
     let mut text = serde_json::to_vec(value).unwrap_or_else(|_| b"{}".to_vec());
     text.push(b'\n');
     bytes(status, "application/json", Bytes::from(text))
+}
+
+/// The daemon is there. Asks nobody, unlike the status.
+pub fn alive() -> Answer {
+    bytes(StatusCode::OK, "text/plain; charset=utf-8", Bytes::from_static(b"alive\n"))
 }
 
 /// An answer of these bytes.

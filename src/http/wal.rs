@@ -10,6 +10,7 @@
 //!                                in the header Pgsidecar-File
 //!                                &tail=yes  the end of a stopped server's WAL will do, where the segment isn't there
 //!                                &standby=yes  a history that was seen before will do, where the store can't be asked
+//! GET  /healthz                  whether the daemon is there
 //! GET  /v1/status                state, problems, backlog, last backup and job
 //! ```
 
@@ -26,7 +27,7 @@ use pgsidecar_core::{ArchiveFileName, SystemIdentifier};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::{Answer, bytes, json, no_such_route, streamed};
+use super::{Answer, alive, bytes, json, no_such_route, streamed};
 use crate::{
     codec::{CHUNK, ChannelReader},
     daemon::{App, Wanted},
@@ -77,6 +78,7 @@ pub async fn handle(app: Arc<App>, request: Request<Incoming>) -> Result<Answer,
         {
             parse_name(&name.join("/")).and_then(|_| Err(no_such_route(&request)))
         }
+        (&Method::GET, ["healthz"]) => Ok(alive()),
         (&Method::GET, ["v1", "status"]) => Ok(json(StatusCode::OK, &app.status().await)),
         _ => Err(no_such_route(&request)),
     }

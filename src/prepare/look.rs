@@ -11,6 +11,7 @@ use pgsidecar_core::prepare::Directory;
 
 use crate::{
     failure::{Code, Failure},
+    pgdata::owner_hint,
     restore::MARKER,
 };
 
@@ -89,11 +90,8 @@ pub fn check_writable(pgdata: &Path) -> Result<(), Failure> {
         meta.gid(),
         meta.mode() & 0o7777,
     );
-    let hint = match path == pgdata && meta.uid() != 0 {
-        true => format!("Run this container as the user of PostgreSQL, {} (securityContext.runAsUser).", meta.uid()),
-        false => format!("Set securityContext.fsGroup: {gid} for the pod, so that its volumes can be written to."),
-    };
-    Err(Failure::new(Code::TargetDirectory, what).hint(hint))
+    let owner = if path == pgdata { meta.uid() } else { 0 };
+    Err(Failure::new(Code::TargetDirectory, what).hint(owner_hint(owner)))
 }
 
 #[cfg(test)]

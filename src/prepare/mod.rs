@@ -41,7 +41,7 @@ use self::{
 use crate::{
     daemon::{open_source, open_store},
     failure::{Code, Failure},
-    pgdata::DataDirectory,
+    pgdata::{DataDirectory, foreign_owner},
     repository::Repository,
     restore::{self, RestoreOptions, command::restore_command, running::Stopped, unpack::Progress},
     settings::{PrepareSettings, RawPrepare, SettingErrors, Settings, WorkSettings},
@@ -121,7 +121,13 @@ pub async fn run(
     };
     let shown = pgdata.display();
     match &directory {
-        Directory::Database => tracing::info!("{shown} holds a database"),
+        Directory::Database => {
+            tracing::info!("{shown} holds a database");
+            // As root it gives what it makes to who owns the place; another user can't.
+            if let Some(foreign) = foreign_owner(pgdata).filter(|_| !rustix::process::geteuid().is_root()) {
+                tracing::warn!(hint = foreign.hint, "{foreign}");
+            }
+        }
         Directory::Empty => tracing::info!("{shown} is empty"),
         Directory::OnlyLostAndFound => tracing::info!("{shown} holds nothing but lost+found"),
         Directory::Interrupted => tracing::info!("{shown} holds what an interrupted restore has left"),

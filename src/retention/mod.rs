@@ -15,6 +15,7 @@
 //! 5. The WAL, from the oldest on: planned anew if a backup stayed that should have gone. Histories and owners of timelines
 //!    stay for ever: a number must not be given anew while anything may still name it, here or elsewhere.
 //! 6. Dumps: `dump.json` first, then the files.
+//! 7. Records of drills and of scheduled runs that are older than 400 days, but for the newest of each kind.
 //!
 //! A backup that is under way needs WAL from its start on only, and there is always an older one on its timeline that keeps
 //! this WAL, or none, and then all of the timeline stays.
@@ -69,6 +70,8 @@ pub struct Removed {
     pub snapshots: Vec<SnapshotId>,
     /// Dumps.
     pub dumps: Vec<DumpId>,
+    /// Records of drills and of scheduled runs.
+    pub records: u64,
     /// Files of WAL: segments, and what belongs to them.
     pub wal_files: u64,
     /// Bytes of all of these.
@@ -102,6 +105,7 @@ pub async fn prune(repository: &Repository, policy: &Policy, now: Timestamp, dry
     };
     removal.wal(planned_anew.as_ref().unwrap_or(&plan)).await?;
     removal.dumps(&plan.dumps_to_remove(), &plan.dump_remains).await?;
+    removal.records(now).await?;
     let (removed, refused) = removal.finish();
     Ok(Pruned { dry_run, policy: *policy, plan, removed, refused, foreign_objects: gathered.foreign_objects })
 }

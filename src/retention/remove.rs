@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use jiff::Timestamp;
 use pgsidecar_core::{
     BackupId, BackupRecord, DumpId, ObjectKey, SnapshotId,
     layout::{BackupObject, DumpObject, RepositoryObject},
-    retention::{self, RetentionPlan},
+    retention::{self, RetentionPlan, records::outdated},
+    schedule::Task,
 };
 use serde::Serialize;
 
@@ -276,6 +278,36 @@ impl<'a> Removal<'a> {
         Ok(())
     }
 
+    /// Step 7.
+    pub(super) async fn records(&mut self, now: Timestamp) -> Result<(), Failure> {
+        let layout = self.repository.layout();
+        let kinds = std::iter::once(layout.drills_prefix()).chain(Task::ALL.map(|task| layout.runs_prefix(task)));
+        for prefix in kinds {
+            let mut found: BTreeMap<Timestamp, (ObjectKey, u64)> = BTreeMap::new();
+            let mut pages = Pages::new(self.repository.store(), ListRequest::under(prefix));
+            while let Some(page) = pages.next().await? {
+                found.extend(page.objects.into_iter().filter_map(|listed| {
+                    let time = match layout.parse(&listed.key)? {
+                        RepositoryObject::Drill(id) => id.began(),
+                        RepositoryObject::Run(_, id) => id.time(),
+                        _ => return None,
+                    };
+                    Some((time, (listed.key, listed.size)))
+                }));
+            }
+            let times = found.keys().copied().collect();
+            let going: Vec<(ObjectKey, u64)> =
+                outdated(&times, now).iter().filter_map(|time| found.remove(time)).collect();
+            let keys: Vec<ObjectKey> = going.iter().map(|(key, _)| key.clone()).collect();
+            let refused = self.delete(&keys).await?;
+            for (_, bytes) in going.iter().filter(|(key, _)| !refused.contains(key)) {
+                self.removed.records += 1;
+                self.removed.bytes += bytes;
+            }
+        }
+        Ok(())
+    }
+
     async fn dump_files(&mut self, id: DumpId) -> Result<(), Failure> {
         let layout = self.repository.layout();
         let marker = layout.key(&RepositoryObject::Dump(id, DumpObject::Record));
@@ -298,7 +330,7 @@ pub async fn delete_backup(
     cascade: bool,
     force: bool,
 ) -> Result<Removed, Failure> {
-    let gathered = gather::gather(repository, jiff::Timestamp::now()).await?;
+    let gathered = gather::gather(repository, Timestamp::now()).await?;
     let order = retention::may_delete(&gathered.inventory, id, cascade, force).map_err(|refusal| {
         let code = match refusal {
             retention::DeleteRefusal::NoSuchBackup(_) => Code::NotFound,

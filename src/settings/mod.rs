@@ -5,6 +5,7 @@
 //! must not fail to start because of a missing Secret) with what it needs to say what's wrong: the listeners,
 //! which fall back to their defaults, and the list of errors.
 
+mod image;
 mod pod;
 mod prepare;
 mod raw;
@@ -24,6 +25,7 @@ use pgsidecar_core::{
     settings::{CloneSource, ClusterName, RepositoryUrl, parse_bytes, parse_duration},
 };
 
+pub use image::{ImageEnvironment, ImagePassword};
 pub use pod::PodEnvironment;
 pub use prepare::{PrepareSettings, RawPrepare, StartSettings};
 pub use raw::RawSettings;
@@ -137,6 +139,8 @@ pub struct ConnectionSettings {
     pub database: String,
     /// File with passwords.
     pub passfile: PassFile,
+    /// Where else a password is: that of the image's superuser, if this is that role on the server beside us.
+    pub image_password: Option<ImagePassword>,
 }
 
 /// Where passwords are.
@@ -390,6 +394,7 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
     };
     let pgdata = resolver.value("PGDATA", raw.pgdata.as_ref(), None, |text| absolute(text).map(Some));
     let schedules = raw.schedules.resolve(resolver, cluster.as_ref());
+    let (host, user) = (text(&raw.pghost, "127.0.0.1"), text(&raw.pguser, pod.image.superuser()));
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
     Some(WorkSettings {
         s3: S3Settings {
@@ -418,9 +423,10 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
             |text| absolute(text).map(Some),
         ),
         connection: ConnectionSettings {
-            host: text(&raw.pghost, "127.0.0.1"),
+            image_password: pod.image.password_for(&user, &host),
+            host,
             port: resolver.value("PGPORT", raw.pgport.as_ref(), 5432, number_between(1, u16::MAX)),
-            user: text(&raw.pguser, "postgres"),
+            user,
             database: text(&raw.pgdatabase, "postgres"),
             passfile: match raw.pgpassfile.as_deref().filter(|path| !path.is_empty()) {
                 Some(path) => PassFile::Named(PathBuf::from(path)),

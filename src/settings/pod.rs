@@ -4,6 +4,8 @@ use std::path::Path;
 
 use pgsidecar_core::prepare::Place;
 
+use super::ImageEnvironment;
+
 /// What the environment tells of the pod, by the downward API.
 #[derive(Clone, Debug, Default)]
 pub struct PodEnvironment {
@@ -15,6 +17,8 @@ pub struct PodEnvironment {
     pub host_name: String,
     /// Whether `KUBERNETES_SERVICE_HOST` is there, as in every pod.
     pub in_kubernetes: bool,
+    /// What PostgreSQL's container is told, where that is copied into ours.
+    pub image: ImageEnvironment,
 }
 
 impl PodEnvironment {
@@ -26,6 +30,7 @@ impl PodEnvironment {
             name: var("POD_NAME"),
             host_name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             in_kubernetes: var("KUBERNETES_SERVICE_HOST").is_some(),
+            image: ImageEnvironment::from_process(),
         }
     }
 
@@ -89,6 +94,7 @@ mod tests {
             name: name.map(str::to_owned),
             host_name: host.to_owned(),
             in_kubernetes,
+            image: ImageEnvironment::default(),
         };
         let at = |pod: PodEnvironment| pod.workload(Some(Path::new("/data")));
         for name in ["orders-7c5ddbdf54-x2x4z", "orders-0", "orders-1"] {

@@ -53,7 +53,7 @@ pub struct RawSettings {
     /// PostgreSQL's port [default: 5432]
     #[arg(long, global = true, env = "PGPORT", value_name = "PORT", hide_env_values = true, hide_short_help = true)]
     pub pgport: Option<String>,
-    /// Role for backups; 'pgsidecar check --explain' prints the rights it needs [default: postgres]
+    /// Role for backups; 'pgsidecar check --explain' prints the rights it needs [default: POSTGRES_USER, else postgres]
     #[arg(long, global = true, env = "PGUSER", value_name = "ROLE", hide_env_values = true, hide_short_help = true)]
     pub pguser: Option<String>,
     /// Database to connect to [default: postgres]

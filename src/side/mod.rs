@@ -14,7 +14,7 @@ pub mod bindir;
 pub mod config;
 pub mod drill;
 pub mod extract;
-mod program;
+pub(crate) mod program;
 mod scratch;
 mod server;
 mod sql;

@@ -14,7 +14,7 @@ const POLL: Duration = Duration::from_millis(50);
 const TOLD_BYTES: u64 = 64 << 10;
 
 /// What a program's environment must not have: it would outrank what it's told, and may name the live server.
-pub(super) fn without_libpq(command: &mut Command) -> &mut Command {
+pub(crate) fn without_libpq(command: &mut Command) -> &mut Command {
     for (name, _) in std::env::vars_os() {
         let name = name.as_encoded_bytes();
         if name.starts_with(b"PG") && !name.starts_with(b"PGSIDECAR_") {

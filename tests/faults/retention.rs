@@ -21,13 +21,14 @@ use pgsidecar::{
     },
 };
 use pgsidecar_core::{
-    ArchiveFileName, BackupId, BackupKind, DumpId, ObjectKey, SegmentName, Sha256Digest, TimelineId,
+    ArchiveFileName, BackupId, BackupKind, DrillId, DumpId, ObjectKey, SegmentName, Sha256Digest, TimelineId,
     backup::DamagedFile,
     dump::DumpFormat,
     layout::{BackupObject, DumpObject, RepositoryObject},
     plan::{RestoreRequest, select},
     recovery::RecoveryTarget,
     retention::Policy,
+    schedule::{RunId, Task},
 };
 
 use super::{
@@ -52,6 +53,47 @@ async fn what_the_window_does_not_need_goes_and_the_rest_restores() {
     past.check_all_listed().await;
     let gone: Vec<_> = before.difference(&past.keys().await).cloned().collect();
     assert_eq!(gone.len(), 20 + 2 * 5 + 4 * 2, "{gone:?}");
+    assert_eq!(past.prune("12d").await.unwrap().removed, Default::default());
+}
+
+#[tokio::test]
+async fn records_of_drills_and_runs_go_when_they_are_old_but_for_the_newest() {
+    let past = Past::new(1).await;
+    let ago = |days: i64| past.now - jiff::SignedDuration::from_hours(24 * days);
+    let runs =
+        |task, days: Vec<i64>| days.into_iter().map(move |day| RepositoryObject::Run(task, RunId::new(ago(day))));
+    // Yearly drills and weekly full backups stay or go each for themselves; so does what was done once.
+    let drills = (0..22).map(|n| RepositoryObject::Drill(DrillId::new(ago(410 + 365 * n))));
+    let full = runs(Task::Full, (0..60).map(|n| 7 * n).collect());
+    let once = runs(Task::Prune, vec![5_000]);
+    for object in drills.chain(full).chain(once) {
+        past.put(&object, 0).await;
+    }
+    let foreign: ObjectKey = format!("main/{SYSTEM}/drills/20190101T000000Z.txt").parse().unwrap();
+    past.put_key(&foreign, b"a note", 0).await;
+    let keys = |keys: &BTreeSet<String>| -> Vec<String> {
+        let of_records = keys.iter().cloned();
+        of_records.filter(|key| key.contains("/drills/") || key.contains("/runs/")).collect()
+    };
+    let before = keys(&past.keys().await);
+    assert_eq!(before.len(), 22 + 60 + 1 + 1);
+    let looked = prune(&past.repository, &policy("12d"), Timestamp::now(), true).await.unwrap();
+    assert_eq!(keys(&past.keys().await), before, "a dry run");
+    let pruned = past.prune("12d").await.unwrap();
+    // Two drills, and the runs of 406 and 413 days ago.
+    assert_eq!((pruned.removed.records, looked.removed.records), (4, 4));
+    let left = past.keys().await;
+    let gone: Vec<String> = before.into_iter().filter(|key| !keys(&left).contains(key)).collect();
+    let gone_as_wanted = [
+        RepositoryObject::Drill(DrillId::new(ago(410 + 365 * 21))),
+        RepositoryObject::Drill(DrillId::new(ago(410 + 365 * 20))),
+    ]
+    .into_iter()
+    .chain(runs(Task::Full, vec![413, 406]));
+    assert_eq!(
+        gone,
+        gone_as_wanted.map(|object| past.repository.layout().key(&object).to_string()).collect::<Vec<_>>()
+    );
     assert_eq!(past.prune("12d").await.unwrap().removed, Default::default());
 }
 

@@ -23,6 +23,7 @@ mod hardened;
 mod in_place;
 mod in_place_safety;
 mod incremental_formats;
+mod injected;
 mod memory;
 mod misconfiguration;
 mod one_night;

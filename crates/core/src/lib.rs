@@ -3,6 +3,7 @@
 
 mod archive_file;
 mod archived_wal;
+pub mod archiving;
 pub mod backup;
 pub mod backup_label;
 pub mod backup_manifest;

@@ -26,6 +26,7 @@ mod dumps;
 mod growth;
 mod inventory;
 mod policy;
+pub mod records;
 mod wal;
 
 use std::collections::{BTreeMap, BTreeSet};
