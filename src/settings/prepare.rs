@@ -63,7 +63,7 @@ pub struct PrepareSettings {
 impl StartSettings {
     pub(super) fn resolve(raw: &RawSettings, pod: &PodEnvironment) -> StartSettings {
         let set = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
-        let pgdata = set(&raw.pgdata).and_then(|text| absolute(&text).ok());
+        let pgdata = raw.data_directory().and_then(|text| absolute(text).ok());
         let workload = set(&raw.workload).or_else(|| pod.workload(pgdata.as_deref()));
         let server = match (pod.place(), &pod.namespace, &pod.name) {
             (Place::Replica(_), Some(namespace), Some(name)) => format!("{namespace}/{name}"),
