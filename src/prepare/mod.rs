@@ -13,10 +13,11 @@
 //! 6. The request is noted as served. A crash between 5 and 6 leaves a database and a claim: it's noted at the next start.
 //!
 //! A database that is there is never kept from starting, whatever the settings say (I8): that's told, and nothing else
-//! happens. A directory without one isn't left to initdb as long as it can't be told whether backups of it exist.
+//! happens but that modes are set back that PostgreSQL would refuse ([`modes`]). A directory without one isn't left to initdb as long as it can't be told whether backups of it exist.
 
 mod known;
 mod look;
+mod modes;
 mod requests;
 mod whole;
 
@@ -127,6 +128,7 @@ pub async fn run(
             if let Some(foreign) = foreign_owner(pgdata).filter(|_| !rustix::process::geteuid().is_root()) {
                 tracing::warn!(hint = foreign.hint, "{foreign}");
             }
+            modes::close(pgdata);
         }
         Directory::Empty => tracing::info!("{shown} is empty"),
         Directory::OnlyLostAndFound => tracing::info!("{shown} holds nothing but lost+found"),
