@@ -80,7 +80,7 @@ async fn a_body_of_megabytes_is_read_and_one_that_is_too_large_refused() {
     for alpn in ["h2", "http/1.1"] {
         let (server, tls) = served_by(&[alpn]).await;
         let mut large = review("large");
-        large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(5 << 20)});
+        large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(3 << 20)});
         let mut connection = Connection::open(server.address, &tls).await.unwrap();
         assert_eq!(connection.review(&large).await.unwrap()["response"]["uid"], "large");
         large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(9 << 20)});
