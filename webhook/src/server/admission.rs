@@ -28,7 +28,7 @@ pub type Injector = Arc<dyn Fn(&Value, &str) -> Result<Injection, Rejection> + S
 /// A larger body is refused. The API server takes objects of 3 MiB, and JSON may be longer than what it stores.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
 /// Bytes of all bodies that are held at a time; further requests wait.
-const MAX_BODIES_KIB: u32 = 16 << 10;
+const MAX_BODIES_KIB: u32 = 12 << 10;
 /// From a request's head to its answer. The API server waits for 5 s (`timeoutSeconds`), and should get a reason.
 const TIME_LIMIT: Duration = Duration::from_secs(4);
 /// What a body of unknown length is read into at first.
