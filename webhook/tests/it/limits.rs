@@ -15,7 +15,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use crate::support::{
-    NAME, Server,
+    NAME, SLOW, Server,
     client::{self, Connection, post},
     pki::Ca,
     review, until,
@@ -73,6 +73,25 @@ async fn only_posts_of_json_to_inject_are_answered() {
         assert!(metrics.contains("pgsidecar_webhook_request_duration_seconds_count 9"), "{metrics}");
         assert!(metrics.contains("pgsidecar_webhook_connections 1"), "{metrics}");
     }
+}
+
+#[tokio::test]
+async fn while_an_answer_is_computed_others_are_served_and_the_time_limit_holds() {
+    let (server, tls) = served().await;
+    let mut slow = review("slow");
+    slow["request"]["namespace"] = json!(SLOW);
+    let mut connection = Connection::open(server.address, &tls).await.unwrap();
+    let began = Instant::now();
+    let asked = tokio::spawn(async move { connection.send(post(slow.to_string())).await.unwrap().0 });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(server.probe("/healthz").await.0, 200);
+    let mut other = Connection::open(server.address, &tls).await.unwrap();
+    assert_eq!(other.send(request("GET", "/inject", "", "")).await.unwrap().0, 405);
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert_eq!(asked.await.unwrap(), 408);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    // What is computed goes on, and then there's a turn again.
+    assert_eq!(other.review(&review("next")).await.unwrap()["response"]["uid"], "next");
 }
 
 #[tokio::test]
