@@ -241,7 +241,7 @@ impl<'a> Plan<'a> {
         let container = &containers(pod)[self.index];
         if self.ephemeral {
             warnings
-                .push(format!("PGDATA {} isn't on a persistent volume: the data are lost with the pod", self.pgdata));
+                .push(format!("the data are lost with the pod: PGDATA isn't on a persistent volume ({})", self.pgdata));
         }
         if self.wishes.skips_arguments {
             warnings.push(
@@ -261,9 +261,8 @@ impl<'a> Plan<'a> {
         }
         let (mounts, left_out) = volumes::mounts(container);
         for path in left_out {
-            warnings.push(format!(
-                "what is mounted at {path} isn't in pgsidecar's containers: it would hide their programs"
-            ));
+            warnings
+                .push(format!("a mount isn't copied to pgsidecar's containers, where it would hide programs: {path}"));
         }
         let chosen = resources::choose(pod, self.wishes.resources.as_ref());
         if chosen.loses_guaranteed {

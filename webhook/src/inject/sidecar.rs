@@ -1,5 +1,7 @@
 //! Our two containers, and what one that is there already lacks.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 
 use super::{
@@ -7,8 +9,8 @@ use super::{
     environment::Environment,
     patch::Patch,
     user::{Identity, security_context},
-    view::{items, named, text},
-    volumes::is_same,
+    view::{items, text},
+    volumes::parts,
 };
 
 /// The daemon.
@@ -66,21 +68,23 @@ impl Common<'_> {
 /// Adds to our container at `path` what it lacks, because another webhook has given it to PostgreSQL's since.
 pub(super) fn reconcile(patch: &mut Patch, path: &[&str], wanted: &Value) {
     let Some(there) = patch.pod().pointer(&format!("/{}", path.join("/"))).cloned() else { return };
-    let env = items(wanted, "env").iter();
-    let env: Vec<Value> =
-        env.filter(|entry| named(items(&there, "env"), text(entry, "name").unwrap_or("")).is_none()).cloned().collect();
-    patch.append(&[path, &["env"]].concat(), env);
+    let names = |container: &Value| -> BTreeSet<String> {
+        items(container, "env").iter().filter_map(|entry| text(entry, "name")).map(str::to_owned).collect()
+    };
+    let has = names(&there);
+    let env = items(wanted, "env").iter().filter(|entry| !has.contains(text(entry, "name").unwrap_or("")));
+    patch.append(&[path, &["env"]].concat(), env.cloned().collect());
 
-    let mounts = items(wanted, "volumeMounts").iter().filter(|mount| {
-        let path = text(mount, "mountPath").unwrap_or("");
-        !items(&there, "volumeMounts").iter().any(|mount| is_same(text(mount, "mountPath").unwrap_or(""), path))
-    });
+    let place = |mount: &Value| parts(text(mount, "mountPath").unwrap_or("")).join("/");
+    let taken: BTreeSet<String> = items(&there, "volumeMounts").iter().map(place).collect();
+    let mounts = items(wanted, "volumeMounts").iter().filter(|mount| !taken.contains(&place(mount)));
     patch.append(&[path, &["volumeMounts"]].concat(), mounts.cloned().collect());
 
     // Before the last one, which are our settings and outrank the others.
     let sources = items(&there, "envFrom");
+    let known: BTreeSet<String> = sources.iter().map(Value::to_string).collect();
     let missing: Vec<Value> =
-        items(wanted, "envFrom").iter().filter(|source| !sources.contains(source)).cloned().collect();
+        items(wanted, "envFrom").iter().filter(|source| !known.contains(&source.to_string())).cloned().collect();
     match sources.len().checked_sub(1) {
         Some(last) => {
             for (index, source) in missing.into_iter().enumerate() {

@@ -168,7 +168,7 @@ pub(super) fn mounts(container: &Value) -> (Vec<Value>, Vec<String>) {
 }
 
 /// Whether two paths mean the same place.
-pub(super) fn is_same(path: &str, other: &str) -> bool {
+fn is_same(path: &str, other: &str) -> bool {
     parts(path) == parts(other)
 }
 
@@ -177,7 +177,8 @@ fn is_within(path: &str, directory: &str) -> bool {
     parts(path).starts_with(&parts(directory))
 }
 
-fn parts(path: &str) -> Vec<&str> {
+/// The parts of a path that mean something.
+pub(super) fn parts(path: &str) -> Vec<&str> {
     path.split('/').filter(|part| !part.is_empty() && *part != ".").collect()
 }
 
