@@ -75,6 +75,18 @@ pub(super) fn check_pgdata(
             format!("Mount a volume at {pgdata} or above it, or correct the annotation pgsidecar.dev/pgdata.{hint}"),
         ));
     };
+    // What stands there is an empty volume of the runtime's, seen by PostgreSQL alone.
+    let hides = image.map_or(&[][..], |image| image.volumes).iter().rev().find(|volume| {
+        is_within(pgdata, volume) && is_within(volume, path) && !is_same(volume, path)
+    });
+    if let Some(hides) = hides {
+        return Err(Rejection::new(
+            format!(
+                "PGDATA {pgdata} isn't on the volume that is mounted at {path}: the image has a volume of its own at {hides} (VOLUME), which is lost with the container"
+            ),
+            format!("Mount the volume at {hides}."),
+        ));
+    }
     let name = text(mount, "name").unwrap_or("");
     // In a template of a StatefulSet, claims aren't among the volumes.
     let volume = pod.get("spec").and_then(|spec| named(items(spec, "volumes"), name));
