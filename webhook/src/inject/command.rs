@@ -8,7 +8,8 @@ use serde_json::Value;
 use super::{
     Rejection,
     images::{Image, Start},
-    view::texts,
+    view::{expand, texts},
+    volumes::{is_same, is_within},
 };
 
 /// What is added: PostgreSQL's settings.
@@ -18,6 +19,11 @@ pub(super) const SETTINGS: [(&str, &str); 4] = [
     ("archive_timeout", "5min"),
     ("restore_command", "/pgsidecar/pgsidecar-wal restore %f %p"),
 ];
+
+/// The name under which [`settings`] gives `-D`, which isn't a setting: `data_directory` outranks it.
+const DIRECTORY: &str = "-D";
+/// What `-h` and `-i` set.
+const LISTEN_ADDRESSES: &str = "listen_addresses";
 
 /// What the line says of a database.
 #[derive(Debug, PartialEq, Eq, Default)]
@@ -49,12 +55,15 @@ pub(super) fn complete(container: &Value, image: Option<&Image>) -> Result<Line,
         (has_entrypoint, _, _) => flags_of(&line, has_entrypoint),
     };
     let Some(flags) = flags else {
-        let line = short(&line.join(" "));
-        return Err(unreachable(&format!("the container's command {line:?} isn't PostgreSQL's own")));
+        // The rest of the line may hold a password.
+        let program = line.first().and_then(|first| first.split([' ', '=']).next()).unwrap_or("");
+        return Err(unreachable(&format!("the container's command ({:?}) isn't PostgreSQL's own", short(program))));
     };
     let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
     let given = settings(&flags).map_err(|odd| {
-        unreachable(&format!("after {:?} in the container's args PostgreSQL reads no flags", short(odd)))
+        let name = if odd.starts_with('-') { odd.split('=').next().unwrap_or("") } else { "" };
+        let name = if name.is_empty() { "a word that is no flag".to_owned() } else { format!("{:?}", short(name)) };
+        unreachable(&format!("after {name} in the container's args PostgreSQL reads no flags, or is no server at all"))
     })?;
     for (name, value) in SETTINGS {
         if !check(&given, name, value)? {
@@ -65,13 +74,97 @@ pub(super) fn complete(container: &Value, image: Option<&Image>) -> Result<Line,
     Ok(Line { append })
 }
 
+/// The settings that the line makes, as far as it can be read.
+fn given(container: &Value) -> Vec<(String, String)> {
+    let line = [texts(container, "command"), texts(container, "args")].concat();
+    let flags: Vec<String> = flags_of(&line, true).unwrap_or(&[]).iter().map(ToString::to_string).collect();
+    settings(&flags).unwrap_or_default()
+}
+
+/// The value that a setting has in the end.
+fn last<'a>(given: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    given.iter().rev().find(|(given, _)| given == name).map(|(_, value)| value.as_str())
+}
+
 /// The port that the line names.
 pub(super) fn port(container: &Value) -> Option<String> {
-    let (command, args) = (texts(container, "command"), texts(container, "args"));
-    let line = [command, args].concat();
-    let flags: Vec<String> = flags_of(&line, true)?.iter().map(ToString::to_string).collect();
-    let port = settings(&flags).ok()?.into_iter().rev().find(|(name, _)| name == "port").map(|(_, port)| port)?;
+    let port = expand(container, last(&given(container), "port")?)?;
     port.parse::<u16>().ok().map(|port| port.to_string())
+}
+
+/// Checks that the server of this line has its data in `pgdata`, can archive, and answers where ours connect to it.
+/// `is_said` if an annotation says where the data are. Returns what to warn of.
+///
+/// # Errors
+/// If it doesn't.
+pub(super) fn check_server(
+    container: &Value,
+    image: Option<&Image>,
+    pgdata: &str,
+    is_said: bool,
+) -> Result<Vec<String>, Rejection> {
+    let given = given(container);
+    check_directory(container, image, pgdata, is_said, &given)?;
+    if last(&given, "wal_level").is_some_and(|level| level.trim().eq_ignore_ascii_case("minimal")) {
+        return Err(Rejection::new(
+            "PostgreSQL is started with wal_level = minimal, which leaves nothing to archive: with archive_mode it doesn't start",
+            "Take wal_level out of the container's args, or set replica.",
+        ));
+    }
+    let addresses = last(&given, LISTEN_ADDRESSES).and_then(|addresses| expand(container, addresses));
+    if addresses.is_some_and(|addresses| !answers_locally(&addresses)) {
+        return Err(Rejection::new(
+            "PostgreSQL is started with listen_addresses that 127.0.0.1 isn't among, where pgsidecar connects to it",
+            "Add localhost to them: containers of a pod share it, others can't reach it.",
+        ));
+    }
+    let mut warnings = Vec::new();
+    if last(&given, "port").is_some() && port(container).is_none() {
+        warnings.push("PostgreSQL's port can't be read from its args: set PGPORT in pgsidecar's Secret".to_owned());
+    }
+    let elsewhere = last(&given, "config_file").and_then(|file| expand(container, file));
+    if elsewhere.is_some_and(|file| !is_within(&file, pgdata)) && last(&given, "data_directory").is_none() {
+        warnings.push("config_file isn't in PGDATA: a data_directory in it has to be PGDATA as well".to_owned());
+    }
+    Ok(warnings)
+}
+
+fn check_directory(
+    container: &Value,
+    image: Option<&Image>,
+    pgdata: &str,
+    is_said: bool,
+    given: &[(String, String)],
+) -> Result<(), Rejection> {
+    // data_directory outranks -D, which is then where postgresql.conf is.
+    let Some((name, value)) = ["data_directory", DIRECTORY].into_iter().find_map(|name| Some((name, last(given, name)?)))
+    else {
+        return Ok(());
+    };
+    let default = match image.map(|image| image.start) {
+        Some(Start::Entrypoint(["postgres", "-D", directory])) => Some(*directory),
+        _ => None,
+    };
+    let fits = match expand(container, value) {
+        Some(directory) => {
+            is_same(&directory, pgdata) || name == DIRECTORY && default.is_some_and(|default| is_same(&directory, default))
+        }
+        None => is_said,
+    };
+    let shown = if name == DIRECTORY { "-D" } else { name };
+    if fits {
+        return Ok(());
+    }
+    Err(Rejection::new(
+        format!("PostgreSQL is started with {shown} {:?}, but PGDATA is {pgdata}", short(value)),
+        "Set PGDATA in the container's env to the same directory (or the annotation pgsidecar.dev/pgdata, if there's none in env). If -D is where postgresql.conf is, add -c data_directory=… to the args.",
+    ))
+}
+
+/// Whether a server with these `listen_addresses` answers at 127.0.0.1.
+fn answers_locally(addresses: &str) -> bool {
+    let names = ["*", "0.0.0.0", "localhost", "127.0.0.1"];
+    addresses.split(',').any(|address| names.contains(&address.trim().trim_matches('"').to_ascii_lowercase().as_str()))
 }
 
 /// What PostgreSQL has to be told where its command line isn't touched.
@@ -110,8 +203,9 @@ fn check(given: &[(String, String)], name: &str, wanted: &str) -> Result<bool, R
     };
     let values: Vec<&String> = given.iter().filter(|(given, _)| given == name).map(|(_, value)| value).collect();
     match values.iter().find(|value| !ours(value)) {
-        Some(other) => Err(Rejection::new(
-            format!("PostgreSQL is started with {name} = {:?} already", short(other)),
+        // Without its value, which may hold a password.
+        Some(_) => Err(Rejection::new(
+            format!("PostgreSQL is started with another {name} already"),
             format!(
                 "Take {name} out of the container's args: pgsidecar sets it. Or say pgsidecar.dev/postgres-args: skip; then no flags are added, and archiving is yours to set up (docs/injection.md)."
             ),
@@ -144,7 +238,7 @@ fn short(text: &str) -> String {
 /// `--name=value`, with dashes for underscores and in any case, as `PostmasterMain` reads them with `getopt`.
 ///
 /// # Errors
-/// The text behind which no flag is read.
+/// The text behind which no flag is read, or with which it's no server (`postgres --single`, `-C`, `--version`).
 fn settings(flags: &[String]) -> Result<Vec<(String, String)>, &str> {
     // PostmasterMain's options that take a value (postmaster.c), of all versions.
     const WITH_VALUE: &str = "BCcDdfhkNprStvW-";
@@ -152,9 +246,21 @@ fn settings(flags: &[String]) -> Result<Vec<(String, String)>, &str> {
     let mut flags = flags.iter();
     while let Some(flag) = flags.next() {
         let letters = flag.strip_prefix('-').filter(|letters| !["", "-"].contains(letters)).ok_or(flag.as_str())?;
-        let Some((index, letter)) = letters.char_indices().find(|(_, letter)| WITH_VALUE.contains(*letter)) else {
-            continue;
+        let taken = letters.char_indices().find(|(_, letter)| WITH_VALUE.contains(*letter));
+        let before = &letters[..taken.map_or(letters.len(), |(index, _)| index)];
+        let is_another_program = match taken {
+            Some((_, 'C')) => true,
+            // As a setting it would have a value.
+            Some((0, '-')) => !letters.contains('='),
+            _ => before.contains(['V', '?']),
         };
+        if is_another_program {
+            return Err(flag.as_str());
+        }
+        if before.contains('i') {
+            settings.push((LISTEN_ADDRESSES.to_owned(), "*".to_owned()));
+        }
+        let Some((index, letter)) = taken else { continue };
         let attached = &letters[index + letter.len_utf8()..];
         let value = if attached.is_empty() { flags.next().map_or("", String::as_str) } else { attached };
         match letter {
@@ -162,6 +268,8 @@ fn settings(flags: &[String]) -> Result<Vec<(String, String)>, &str> {
                 let (name, value) = value.split_once('=').unwrap_or((value, ""));
                 settings.push((name.trim().replace('-', "_").to_ascii_lowercase(), value.to_owned()));
             }
+            'D' => settings.push((DIRECTORY.to_owned(), value.to_owned())),
+            'h' => settings.push((LISTEN_ADDRESSES.to_owned(), value.to_owned())),
             'p' => settings.push(("port".to_owned(), value.to_owned())),
             _ => {}
         }
@@ -235,6 +343,10 @@ mod tests {
             (known, json!({"args": ["postgres", "--"]})),
             (known, json!({"args": ["postgres", "-N", "5", "more"]})),
             (known, json!({"args": ["sh", "-c", "postgres"]})),
+            (known, json!({"args": ["postgres", "--single"]})),
+            (known, json!({"args": ["--describe-config"]})),
+            (known, json!({"args": ["postgres", "-V"]})),
+            (known, json!({"args": ["postgres", "-C", "port"]})),
         ] {
             let refused = appended(image, container.clone()).unwrap_err();
             assert!(refused.contains("args: [postgres]") && refused.contains("postgres-args: skip"), "{refused}");
@@ -290,15 +402,105 @@ mod tests {
     }
 
     #[test]
+    fn what_is_refused_is_told_without_its_values() {
+        for container in [
+            json!({"command": ["sh", "-c", "PGPASSWORD=hunter2 exec postgres"]}),
+            json!({"command": ["PGPASSWORD=hunter2 sh"]}),
+            json!({"args": ["postgres", "-c", "archive_command=PGPASSWORD=hunter2 archive %p"]}),
+            json!({"args": ["postgres", "PGPASSWORD=hunter2"]}),
+            json!({"args": ["postgres", "-C", "hunter2"]}),
+        ] {
+            let refused = appended("postgres:17", container.clone()).unwrap_err();
+            assert!(!refused.contains("hunter2"), "{refused}");
+        }
+    }
+
+    fn checked(image: &str, args: Value, is_said: bool) -> Result<Vec<String>, String> {
+        let container = json!({"args": args, "env": [{"name": "PGDATA", "value": "/data/pg"}]});
+        let image = look_up(image);
+        check_server(&container, image.as_ref(), "/data/pg", is_said).map_err(|rejection| rejection.problem)
+    }
+
+    #[test]
+    fn the_server_has_its_data_in_pgdata() {
+        for (args, is_said) in [
+            (json!([]), false),
+            (json!(["postgres", "-D", "/data//pg/"]), false),
+            (json!(["postgres", "-D$(PGDATA)"]), false),
+            (json!(["postgres", "-D", "/etc/pg", "-c", "data_directory=/data/pg"]), false),
+            (json!(["--data-directory=/elsewhere", "-c", "data_directory=/data/pg"]), false),
+            (json!(["postgres", "-D", "$(UNKNOWN)"]), true),
+            // Whatever it starts, its flags aren't PostgreSQL's.
+            (json!(["sh", "-D", "/elsewhere"]), false),
+        ] {
+            assert_eq!(checked("postgres:17", args.clone(), is_said), Ok(vec![]), "{args}");
+        }
+        for args in [
+            json!(["postgres", "-D", "/elsewhere"]),
+            json!(["postgres", "-D", "/data/pg", "--data_directory=/elsewhere"]),
+            json!(["-c", "Data_Directory=/data/pg/sub"]),
+            json!(["postgres", "-D", "$(UNKNOWN)"]),
+            json!(["postgres", "-D", "/etc/postgresql"]),
+        ] {
+            let refused = checked("postgres:17", args.clone(), false).unwrap_err();
+            assert!(refused.contains("but PGDATA is /data/pg"), "{args}: {refused}");
+        }
+        assert!(checked("postgres:17", json!(["-D", "/elsewhere"]), true).is_err());
+        let args = json!(["postgres", "-D", "/etc/postgresql"]);
+        assert_eq!(checked("supabase/postgres:15.1", args, false), Ok(vec![]));
+    }
+
+    #[test]
+    fn the_server_can_archive_and_answers_at_127_0_0_1() {
+        for flags in [
+            vec!["-c", "wal_level=Minimal"],
+            vec!["--wal-level=minimal"],
+            vec!["-c", "listen_addresses="],
+            vec!["-c", "listen_addresses=10.0.0.1,::1"],
+            vec!["-h", ""],
+            vec!["-i", "-h10.0.0.1"],
+        ] {
+            assert!(checked("postgres:17", json!(flags), false).is_err(), "{flags:?}");
+        }
+        for flags in [
+            vec!["-c", "wal_level=minimal", "-c", "wal_level=logical"],
+            vec!["-h", "10.0.0.1", "-i"],
+            vec!["-c", "listen_addresses=10.0.0.1, LOCALHOST"],
+            vec!["--listen_addresses=*"],
+            vec!["-h", "$(ADDRESS)"],
+        ] {
+            assert_eq!(checked("postgres:17", json!(flags), false), Ok(vec![]), "{flags:?}");
+        }
+    }
+
+    #[test]
+    fn what_can_not_be_seen_is_warned_of() {
+        for (args, expected) in [
+            (json!(["-c", "config_file=/etc/pg/postgresql.conf"]), Some("config_file")),
+            (json!(["-c", "config_file=/etc/postgresql.conf", "-c", "data_directory=/data/pg"]), None),
+            (json!(["-c", "config_file=$(PGDATA)/other.conf"]), None),
+            (json!(["-p", "$(PORT)"]), Some("PGPORT")),
+            (json!(["-p", "5433"]), None),
+        ] {
+            let warnings = checked("postgres:17", args.clone(), false).unwrap();
+            assert_eq!(warnings.len(), usize::from(expected.is_some()), "{args}: {warnings:?}");
+            assert!(expected.is_none_or(|expected| warnings[0].contains(expected)), "{args}: {warnings:?}");
+            assert!(warnings.iter().all(|warning| warning.len() <= 120), "{warnings:?}");
+        }
+    }
+
+    #[test]
     fn the_port_is_read_from_the_line() {
         for (args, expected) in [
             (json!(["postgres", "-p", "5433"]), Some("5433")),
             (json!(["-p5433"]), Some("5433")),
             (json!(["postgres", "--port=1", "-c", "port=5433"]), Some("5433")),
             (json!(["postgres", "-p", "$(PORT)"]), None),
+            (json!(["postgres", "-p", "$(KNOWN)"]), Some("6432")),
             (json!(["postgres"]), None),
         ] {
-            assert_eq!(port(&json!({"args": args})).as_deref(), expected, "{args}");
+            let container = json!({"args": args, "env": [{"name": "KNOWN", "value": "6432"}]});
+            assert_eq!(port(&container).as_deref(), expected, "{args}");
         }
     }
 }

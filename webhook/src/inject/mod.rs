@@ -187,6 +187,8 @@ struct Plan<'a> {
     image: &'a str,
     /// The data are lost with the pod.
     ephemeral: bool,
+    /// What was seen that may be wrong.
+    warnings: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
@@ -214,6 +216,7 @@ impl<'a> Plan<'a> {
             ));
         }
         let arguments = if wishes.skips_arguments { Vec::new() } else { command::complete(container, image)?.append };
+        let warnings = command::check_server(container, image, &pgdata, wishes.pgdata.is_some())?;
         network::check_mesh(pod, container)?;
         // A pod that was injected stays as it is, whatever the settings say by now.
         let was = if position(containers(pod), SIDECAR).is_some() {
@@ -233,6 +236,7 @@ impl<'a> Plan<'a> {
             config_secret: wishes.config_secret.as_deref().unwrap_or(&settings.config_secret),
             image: wishes.image.as_deref().unwrap_or(&settings.image),
             ephemeral,
+            warnings,
         })
     }
 
@@ -249,6 +253,7 @@ impl<'a> Plan<'a> {
                     .into(),
             );
         }
+        warnings.extend(self.warnings.iter().cloned());
         patch.append(&["spec", "volumes"], volumes::missing(pod));
         self.add_fs_group(&mut patch, warnings);
         self.add_grace(&mut patch);

@@ -180,12 +180,12 @@ pub(super) fn mounts(container: &Value) -> (Vec<Value>, Vec<String>) {
 }
 
 /// Whether two paths mean the same place.
-fn is_same(path: &str, other: &str) -> bool {
+pub(super) fn is_same(path: &str, other: &str) -> bool {
     parts(path) == parts(other)
 }
 
 /// Whether `path` is `directory` or below it.
-fn is_within(path: &str, directory: &str) -> bool {
+pub(super) fn is_within(path: &str, directory: &str) -> bool {
     parts(path).starts_with(&parts(directory))
 }
 
