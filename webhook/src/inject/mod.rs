@@ -23,7 +23,7 @@ use serde_json::{Map, Value, json};
 use annotations::Wishes;
 use patch::Patch;
 use sidecar::{Common, PREPARE, SIDECAR};
-use view::{annotation, containers, has_annotation, init_containers, position, text};
+use view::{containers, has_annotation, init_containers, position, text};
 
 /// The label that asks for an injection, with the value `true`.
 pub const LABEL: &str = "pgsidecar.dev/inject";
@@ -153,15 +153,12 @@ fn check_pod(pod: &Value) -> Result<(), Rejection> {
     }
     network::check_ports(pod)?;
     if has_annotation(pod, STATUS) {
-        let status = annotation(pod, STATUS).map(serde_json::from_str::<Map<String, Value>>);
-        return if matches!(status, Some(Ok(_))) {
-            Ok(())
-        } else {
-            Err(Rejection::new(
-                format!("the annotation {STATUS} isn't what pgsidecar writes there"),
+        return container::Status::read(pod).map(drop).ok_or_else(|| {
+            Rejection::new(
+                format!("the annotation {STATUS} isn't what pgsidecar writes there, or its container is gone"),
                 "Take it out of the pod template: it's pgsidecar's own note.",
-            ))
-        };
+            )
+        });
     }
     let ours = |list: &[Value]| [SIDECAR, PREPARE].into_iter().find(|name| position(list, name).is_some());
     match ours(containers(pod)).or_else(|| ours(init_containers(pod))) {
@@ -195,6 +192,7 @@ impl<'a> Plan<'a> {
     fn make(pod: &Value, wishes: &'a Wishes, settings: &'a Settings) -> Result<Plan<'a>, Rejection> {
         let index = container::find(pod, wishes.container.as_deref())?;
         let container = &containers(pod)[index];
+        let ours = container::ours(pod);
         let image = text(container, "image").and_then(images::look_up);
         let image = image.as_ref();
         if let Some(major) = image.and_then(|image| image.major).filter(|major| !VERSIONS.contains(major)) {
@@ -204,9 +202,9 @@ impl<'a> Plan<'a> {
             ));
         }
         volumes::check_names(pod, container)?;
-        let pgdata = volumes::pgdata(container, wishes, image)?;
+        let pgdata = volumes::pgdata(container, ours, wishes, image)?;
         let ephemeral = volumes::check_pgdata(pod, container, &pgdata, image)?;
-        let identity = user::find(pod, container, wishes, image)?;
+        let identity = user::find(pod, container, ours, wishes, image)?;
         if let Some(asked) = wishes.restores().filter(|_| image.is_some_and(|image| image.deletes_recovery_signal)) {
             return Err(Rejection::new(
                 format!(
@@ -219,11 +217,7 @@ impl<'a> Plan<'a> {
         let warnings = command::check_server(container, image, &pgdata, wishes.pgdata.is_some())?;
         network::check_mesh(pod, container)?;
         // A pod that was injected stays as it is, whatever the settings say by now.
-        let was = if position(containers(pod), SIDECAR).is_some() {
-            Some(Mode::Classic)
-        } else {
-            position(init_containers(pod), SIDECAR).map(|_| Mode::Native)
-        };
+        let was = container::Status::read(pod).map(|status| status.mode);
         let auto = if settings.native_sidecars { Mode::Native } else { Mode::Classic };
         Ok(Plan {
             wishes,

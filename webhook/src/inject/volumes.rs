@@ -6,7 +6,7 @@ use super::{
     Rejection,
     annotations::{Wishes, absolute},
     images::{self, Image},
-    view::{items, named, text},
+    view::{items, named, plain_variable, text},
 };
 
 /// Where `pgsidecar-wal` is, in all three containers.
@@ -24,32 +24,60 @@ const SERVICE_ACCOUNT_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccoun
 /// Where our image keeps what it runs. A mount there, or above, would hide it.
 const PROGRAMS: [&str; 6] = ["/usr/local/bin", "/usr/bin", "/usr/lib", "/bin", "/lib", "/lib64"];
 
-/// `PGDATA`, as PostgreSQL's container sees it.
+/// `PGDATA`, as PostgreSQL's container sees it. `ours` is our own container, if the pod was injected already: another
+/// webhook may have given the image another name since.
 ///
 /// # Errors
-/// If it can't be told.
-pub(super) fn pgdata(container: &Value, wishes: &Wishes, image: Option<&Image>) -> Result<String, Rejection> {
-    if let Some(pgdata) = &wishes.pgdata {
-        return Ok(pgdata.clone());
+/// If it can't be told, or two that say it contradict each other.
+pub(super) fn pgdata(
+    container: &Value,
+    ours: Option<&Value>,
+    wishes: &Wishes,
+    image: Option<&Image>,
+) -> Result<String, Rejection> {
+    let variable = variable(container);
+    let pgdata = match (&wishes.pgdata, &variable) {
+        (Some(said), Some(Ok(variable))) if !is_same(said, variable) => {
+            return Err(Rejection::new(
+                format!("the annotation pgsidecar.dev/pgdata is {said}, but the container's PGDATA is {variable}"),
+                "Take the annotation out, or correct it.",
+            ));
+        }
+        (Some(said), _) => Some(said.clone()),
+        (None, Some(variable)) => Some(variable.clone()?),
+        (None, None) => image.and_then(|image| image.pgdata.clone()),
+    };
+    // Ours take the default only where there's no PGDATA.
+    let names = if variable.is_some() { &["PGDATA"][..] } else { &["PGDATA", "PGSIDECAR_DEFAULT_PGDATA"] };
+    let before = ours.and_then(|ours| names.iter().find_map(|name| plain_variable(ours, name)));
+    match (pgdata, before) {
+        (Some(pgdata), Some(before)) if !is_same(&pgdata, before) => Err(Rejection::new(
+            format!("pgsidecar was injected when PGDATA was {before}, and now it's {pgdata}"),
+            "Set PGDATA in the pod template, so that it's there from the beginning; a template that was injected already has to be made anew.",
+        )),
+        (Some(pgdata), _) => Ok(pgdata),
+        (None, Some(before)) => Ok(before.to_owned()),
+        (None, None) => {
+            let name = text(container, "image").unwrap_or("");
+            let problem = format!("it can't be told where the data are: the image {:?} doesn't tell its version", name.chars().take(200).collect::<String>());
+            Err(Rejection::new(problem, "Set PGDATA in the container's env (or the annotation pgsidecar.dev/pgdata), or name a major version in the image's tag."))
+        }
     }
+}
+
+/// `PGDATA` in the container's `env`, if it's there.
+fn variable(container: &Value) -> Option<Result<String, Rejection>> {
     // Of several entries of one name Kubernetes takes the last.
-    let entry = items(container, "env").iter().rev().find(|entry| text(entry, "name") == Some("PGDATA"));
-    if let Some(entry) = entry {
-        let value = text(entry, "value").unwrap_or("");
-        return absolute(value).map_err(|problem| {
-            let problem = if entry.get("valueFrom").is_some_and(|from| !from.is_null()) {
-                "PGDATA comes from elsewhere (valueFrom), and can't be read here".to_owned()
-            } else {
-                format!("PGDATA: {problem}")
-            };
-            Rejection::new(problem, "Say where the data are in the annotation pgsidecar.dev/pgdata.")
-        });
-    }
-    image.and_then(|image| image.pgdata.clone()).ok_or_else(|| {
-        let name = text(container, "image").unwrap_or("");
-        let problem = format!("it can't be told where the data are: the image {:?} doesn't tell its version", name.chars().take(200).collect::<String>());
-        Rejection::new(problem, "Set PGDATA in the container's env (or the annotation pgsidecar.dev/pgdata), or name a major version in the image's tag.")
-    })
+    let entry = items(container, "env").iter().rev().find(|entry| text(entry, "name") == Some("PGDATA"))?;
+    let value = text(entry, "value").unwrap_or("");
+    Some(absolute(value).map_err(|problem| {
+        let problem = if entry.get("valueFrom").is_some_and(|from| !from.is_null()) {
+            "PGDATA comes from elsewhere (valueFrom), and can't be read here".to_owned()
+        } else {
+            format!("PGDATA: {problem}")
+        };
+        Rejection::new(problem, "Say where the data are in the annotation pgsidecar.dev/pgdata.")
+    }))
 }
 
 /// Checks that the data are on a volume that ours can write to. Returns whether they are lost with the pod.
@@ -232,6 +260,29 @@ mod tests {
     #[test]
     fn of_several_entries_the_last_counts_as_for_kubernetes() {
         let env = json!([{"name": "PGDATA", "value": "/first"}, {"name": "PGDATA", "value": "/last"}]);
-        assert_eq!(pgdata(&json!({"env": env}), &Wishes::default(), None), Ok("/last".to_owned()));
+        assert_eq!(pgdata(&json!({"env": env}), None, &Wishes::default(), None), Ok("/last".to_owned()));
+    }
+
+    #[test]
+    fn those_that_say_where_the_data_are_do_not_contradict_each_other() {
+        let with = |path: &str| json!({"env": [{"name": "PGDATA", "value": path}]});
+        let from = json!({"env": [{"name": "PGDATA", "valueFrom": {"fieldRef": {"fieldPath": "x"}}}]});
+        let none = json!({});
+        let image = images::look_up("postgres:17");
+        let of = |container: &Value, ours: Option<&Value>, said: Option<&str>| {
+            let wishes = Wishes { pgdata: said.map(str::to_owned), ..Wishes::default() };
+            pgdata(container, ours, &wishes, image.as_ref()).ok()
+        };
+        assert_eq!(of(&with("/a"), None, Some("/a/")).as_deref(), Some("/a/"));
+        assert_eq!(of(&with("/a"), None, Some("/b")), None);
+        assert_eq!(of(&from, None, Some("/b")).as_deref(), Some("/b"));
+        assert_eq!(of(&none, None, Some("/b")).as_deref(), Some("/b"));
+        // Once more, after another webhook.
+        assert_eq!(of(&with("/a"), Some(&with("/a")), None).as_deref(), Some("/a"));
+        assert_eq!(of(&with("/a"), Some(&with("/b")), None), None);
+        assert_eq!(of(&none, Some(&with("/b")), None), None);
+        assert_eq!(pgdata(&none, Some(&with("/b")), &Wishes::default(), None), Ok("/b".to_owned()));
+        let default = json!({"env": [{"name": "PGSIDECAR_DEFAULT_PGDATA", "value": "/b"}]});
+        assert_eq!(pgdata(&none, Some(&default), &Wishes::default(), None), Ok("/b".to_owned()));
     }
 }
