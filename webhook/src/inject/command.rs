@@ -137,7 +137,8 @@ fn check_directory(
     given: &[(String, String)],
 ) -> Result<(), Rejection> {
     // data_directory outranks -D, which is then where postgresql.conf is.
-    let Some((name, value)) = ["data_directory", DIRECTORY].into_iter().find_map(|name| Some((name, last(given, name)?)))
+    let Some((name, value)) =
+        ["data_directory", DIRECTORY].into_iter().find_map(|name| Some((name, last(given, name)?)))
     else {
         return Ok(());
     };
@@ -147,7 +148,8 @@ fn check_directory(
     };
     let fits = match expand(container, value) {
         Some(directory) => {
-            is_same(&directory, pgdata) || name == DIRECTORY && default.is_some_and(|default| is_same(&directory, default))
+            is_same(&directory, pgdata)
+                || name == DIRECTORY && default.is_some_and(|default| is_same(&directory, default))
         }
         None => is_said,
     };

@@ -217,7 +217,8 @@ mod tests {
         assert_eq!(find(&pod(native, "initContainers"), None), Ok(1));
         assert!(Status::read(&pod(native, "containers")).is_none());
         assert!(Status::read(&pod(r#"{"mode":"classic","container":"x"}"#, "initContainers")).is_none());
-        for odd in ["", "{}", "[]", r#"{"mode":"native"}"#, r#"{"mode":"new","container":"x"}"#, r#"{"container":"x"}"#] {
+        for odd in ["", "{}", "[]", r#"{"mode":"native"}"#, r#"{"mode":"new","container":"x"}"#, r#"{"container":"x"}"#]
+        {
             assert!(Status::read(&pod(odd, "initContainers")).is_none(), "{odd}");
         }
     }

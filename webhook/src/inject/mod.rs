@@ -127,7 +127,7 @@ pub fn inject(pod: &Value, namespace: &str, settings: &Settings) -> Result<Injec
     check_pod(pod)?;
     let plan = Plan::make(pod, &wishes, settings)?;
     let mut warnings = Vec::new();
-    let patch = plan.apply(pod, &mut warnings);
+    let patch = plan.apply(pod, &mut warnings)?;
     for warning in &mut warnings {
         if warning.chars().count() > LONGEST_WARNING {
             *warning = warning.chars().take(LONGEST_WARNING - 1).chain(['…']).collect();
@@ -167,6 +167,17 @@ fn check_pod(pod: &Value) -> Result<(), Rejection> {
             format!("the pod has a container {name:?} that wasn't injected"),
             "If it's written by hand, take the label pgsidecar.dev/inject out of the pod template; otherwise give it another name.",
         )),
+    }
+}
+
+/// A sidecar among the containers that isn't started again, and that doesn't end by itself.
+fn check_restart_policy(pod: &Value) -> Result<(), Rejection> {
+    match pod.get("spec").and_then(|spec| text(spec, "restartPolicy")) {
+        Some(policy @ ("Never" | "OnFailure")) => Err(Rejection::new(
+            format!("the pod has restartPolicy {policy}: in classic mode it would never end, as pgsidecar doesn't"),
+            "Use native sidecars (pgsidecar.dev/mode: native), from Kubernetes 1.29 on.",
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -219,9 +230,13 @@ impl<'a> Plan<'a> {
         // A pod that was injected stays as it is, whatever the settings say by now.
         let was = container::Status::read(pod).map(|status| status.mode);
         let auto = if settings.native_sidecars { Mode::Native } else { Mode::Classic };
+        let mode = was.or(wishes.mode).unwrap_or(auto);
+        if mode == Mode::Classic {
+            check_restart_policy(pod)?;
+        }
         Ok(Plan {
             wishes,
-            mode: was.or(wishes.mode).unwrap_or(auto),
+            mode,
             index,
             name: text(container, "name").unwrap_or("").to_owned(),
             pgdata,
@@ -234,7 +249,7 @@ impl<'a> Plan<'a> {
         })
     }
 
-    fn apply(&self, pod: &Value, warnings: &mut Vec<String>) -> Vec<Operation> {
+    fn apply(&self, pod: &Value, warnings: &mut Vec<String>) -> Result<Vec<Operation>, Rejection> {
         let mut patch = Patch::new(pod);
         let container = &containers(pod)[self.index];
         if self.ephemeral {
@@ -254,6 +269,7 @@ impl<'a> Plan<'a> {
         self.add_to_postgres(&mut patch, container);
 
         let environment = environment::compose(container, &self.pgdata, self.wishes, self.config_secret);
+        volumes::check_sub_paths(container, &environment.env)?;
         for name in &environment.secrets {
             warnings
                 .push(format!("{name} has its value in the pod itself and isn't copied to pgsidecar: use a Secret"));
@@ -278,7 +294,7 @@ impl<'a> Plan<'a> {
         };
         self.add_containers(&mut patch, &common);
         self.annotate(&mut patch);
-        patch.into_operations()
+        Ok(patch.into_operations())
     }
 
     /// Our containers aren't root, and a volume that belongs to root takes nothing from others.
