@@ -11,7 +11,9 @@ mod environment;
 mod images;
 mod network;
 mod patch;
+mod pgdata;
 mod resources;
+mod server;
 mod sidecar;
 mod user;
 mod view;
@@ -213,8 +215,8 @@ impl<'a> Plan<'a> {
             ));
         }
         volumes::check_names(pod, container)?;
-        let pgdata = volumes::pgdata(container, ours, wishes, image)?;
-        let ephemeral = volumes::check_pgdata(pod, container, &pgdata, image)?;
+        let pgdata = pgdata::find(container, ours, wishes, image)?;
+        let ephemeral = pgdata::check(pod, container, &pgdata, image)?;
         let identity = user::find(pod, container, ours, wishes, image)?;
         if let Some(asked) = wishes.restores().filter(|_| image.is_some_and(|image| image.deletes_recovery_signal)) {
             return Err(Rejection::new(
@@ -225,7 +227,7 @@ impl<'a> Plan<'a> {
             ));
         }
         let arguments = if wishes.skips_arguments { Vec::new() } else { command::complete(container, image)?.append };
-        let warnings = command::check_server(container, image, &pgdata, wishes.pgdata.is_some())?;
+        let warnings = server::check(container, image, &pgdata, wishes.pgdata.is_some())?;
         network::check_mesh(pod, container)?;
         // A pod that was injected stays as it is, whatever the settings say by now.
         let was = container::Status::read(pod).map(|status| status.mode);
