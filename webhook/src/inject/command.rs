@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{
     Rejection,
     images::{Image, Start},
-    view::texts,
+    view::{expand, texts},
 };
 
 /// What is added: PostgreSQL's settings.
@@ -18,6 +18,11 @@ pub(super) const SETTINGS: [(&str, &str); 4] = [
     ("archive_timeout", "5min"),
     ("restore_command", "/pgsidecar/pgsidecar-wal restore %f %p"),
 ];
+
+/// The name under which [`settings`] gives `-D`, which isn't a setting: `data_directory` outranks it.
+pub(super) const DIRECTORY: &str = "-D";
+/// What `-h` and `-i` set.
+pub(super) const LISTEN_ADDRESSES: &str = "listen_addresses";
 
 /// What the line says of a database.
 #[derive(Debug, PartialEq, Eq, Default)]
@@ -49,12 +54,15 @@ pub(super) fn complete(container: &Value, image: Option<&Image>) -> Result<Line,
         (has_entrypoint, _, _) => flags_of(&line, has_entrypoint),
     };
     let Some(flags) = flags else {
-        let line = short(&line.join(" "));
-        return Err(unreachable(&format!("the container's command {line:?} isn't PostgreSQL's own")));
+        // The rest of the line may hold a password.
+        let program = line.first().and_then(|first| first.split([' ', '=']).next()).unwrap_or("");
+        return Err(unreachable(&format!("the container's command ({:?}) isn't PostgreSQL's own", short(program))));
     };
     let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
     let given = settings(&flags).map_err(|odd| {
-        unreachable(&format!("after {:?} in the container's args PostgreSQL reads no flags", short(odd)))
+        let name = if odd.starts_with('-') { odd.split('=').next().unwrap_or("") } else { "" };
+        let name = if name.is_empty() { "a word that is no flag".to_owned() } else { format!("{:?}", short(name)) };
+        unreachable(&format!("after {name} in the container's args PostgreSQL reads no flags, or is no server at all"))
     })?;
     for (name, value) in SETTINGS {
         if !check(&given, name, value)? {
@@ -65,12 +73,21 @@ pub(super) fn complete(container: &Value, image: Option<&Image>) -> Result<Line,
     Ok(Line { append })
 }
 
+/// The settings that the line makes, as far as it can be read.
+pub(super) fn given(container: &Value) -> Vec<(String, String)> {
+    let line = [texts(container, "command"), texts(container, "args")].concat();
+    let flags: Vec<String> = flags_of(&line, true).unwrap_or(&[]).iter().map(ToString::to_string).collect();
+    settings(&flags).unwrap_or_default()
+}
+
+/// The value that a setting has in the end.
+pub(super) fn last<'a>(given: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    given.iter().rev().find(|(given, _)| given == name).map(|(_, value)| value.as_str())
+}
+
 /// The port that the line names.
 pub(super) fn port(container: &Value) -> Option<String> {
-    let (command, args) = (texts(container, "command"), texts(container, "args"));
-    let line = [command, args].concat();
-    let flags: Vec<String> = flags_of(&line, true)?.iter().map(ToString::to_string).collect();
-    let port = settings(&flags).ok()?.into_iter().rev().find(|(name, _)| name == "port").map(|(_, port)| port)?;
+    let port = expand(container, last(&given(container), "port")?)?;
     port.parse::<u16>().ok().map(|port| port.to_string())
 }
 
@@ -110,8 +127,9 @@ fn check(given: &[(String, String)], name: &str, wanted: &str) -> Result<bool, R
     };
     let values: Vec<&String> = given.iter().filter(|(given, _)| given == name).map(|(_, value)| value).collect();
     match values.iter().find(|value| !ours(value)) {
-        Some(other) => Err(Rejection::new(
-            format!("PostgreSQL is started with {name} = {:?} already", short(other)),
+        // Without its value, which may hold a password.
+        Some(_) => Err(Rejection::new(
+            format!("PostgreSQL is started with another {name} already"),
             format!(
                 "Take {name} out of the container's args: pgsidecar sets it. Or say pgsidecar.dev/postgres-args: skip; then no flags are added, and archiving is yours to set up (docs/injection.md)."
             ),
@@ -136,7 +154,7 @@ fn never(problem: &str) -> Rejection {
     Rejection::new(problem, remedy)
 }
 
-fn short(text: &str) -> String {
+pub(super) fn short(text: &str) -> String {
     text.chars().take(80).collect()
 }
 
@@ -144,7 +162,7 @@ fn short(text: &str) -> String {
 /// `--name=value`, with dashes for underscores and in any case, as `PostmasterMain` reads them with `getopt`.
 ///
 /// # Errors
-/// The text behind which no flag is read.
+/// The text behind which no flag is read, or with which it's no server (`postgres --single`, `-C`, `--version`).
 fn settings(flags: &[String]) -> Result<Vec<(String, String)>, &str> {
     // PostmasterMain's options that take a value (postmaster.c), of all versions.
     const WITH_VALUE: &str = "BCcDdfhkNprStvW-";
@@ -152,9 +170,21 @@ fn settings(flags: &[String]) -> Result<Vec<(String, String)>, &str> {
     let mut flags = flags.iter();
     while let Some(flag) = flags.next() {
         let letters = flag.strip_prefix('-').filter(|letters| !["", "-"].contains(letters)).ok_or(flag.as_str())?;
-        let Some((index, letter)) = letters.char_indices().find(|(_, letter)| WITH_VALUE.contains(*letter)) else {
-            continue;
+        let taken = letters.char_indices().find(|(_, letter)| WITH_VALUE.contains(*letter));
+        let before = &letters[..taken.map_or(letters.len(), |(index, _)| index)];
+        let is_another_program = match taken {
+            Some((_, 'C')) => true,
+            // As a setting it would have a value.
+            Some((0, '-')) => !letters.contains('='),
+            _ => before.contains(['V', '?']),
         };
+        if is_another_program {
+            return Err(flag.as_str());
+        }
+        if before.contains('i') {
+            settings.push((LISTEN_ADDRESSES.to_owned(), "*".to_owned()));
+        }
+        let Some((index, letter)) = taken else { continue };
         let attached = &letters[index + letter.len_utf8()..];
         let value = if attached.is_empty() { flags.next().map_or("", String::as_str) } else { attached };
         match letter {
@@ -162,6 +192,8 @@ fn settings(flags: &[String]) -> Result<Vec<(String, String)>, &str> {
                 let (name, value) = value.split_once('=').unwrap_or((value, ""));
                 settings.push((name.trim().replace('-', "_").to_ascii_lowercase(), value.to_owned()));
             }
+            'D' => settings.push((DIRECTORY.to_owned(), value.to_owned())),
+            'h' => settings.push((LISTEN_ADDRESSES.to_owned(), value.to_owned())),
             'p' => settings.push(("port".to_owned(), value.to_owned())),
             _ => {}
         }
@@ -235,6 +267,10 @@ mod tests {
             (known, json!({"args": ["postgres", "--"]})),
             (known, json!({"args": ["postgres", "-N", "5", "more"]})),
             (known, json!({"args": ["sh", "-c", "postgres"]})),
+            (known, json!({"args": ["postgres", "--single"]})),
+            (known, json!({"args": ["--describe-config"]})),
+            (known, json!({"args": ["postgres", "-V"]})),
+            (known, json!({"args": ["postgres", "-C", "port"]})),
         ] {
             let refused = appended(image, container.clone()).unwrap_err();
             assert!(refused.contains("args: [postgres]") && refused.contains("postgres-args: skip"), "{refused}");
@@ -290,15 +326,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_refused_is_told_without_its_values() {
+        for container in [
+            json!({"command": ["sh", "-c", "PGPASSWORD=hunter2 exec postgres"]}),
+            json!({"command": ["PGPASSWORD=hunter2 sh"]}),
+            json!({"args": ["postgres", "-c", "archive_command=PGPASSWORD=hunter2 archive %p"]}),
+            json!({"args": ["postgres", "PGPASSWORD=hunter2"]}),
+            json!({"args": ["postgres", "-C", "hunter2"]}),
+        ] {
+            let refused = appended("postgres:17", container.clone()).unwrap_err();
+            assert!(!refused.contains("hunter2"), "{refused}");
+        }
+    }
+
+    #[test]
     fn the_port_is_read_from_the_line() {
         for (args, expected) in [
             (json!(["postgres", "-p", "5433"]), Some("5433")),
             (json!(["-p5433"]), Some("5433")),
             (json!(["postgres", "--port=1", "-c", "port=5433"]), Some("5433")),
             (json!(["postgres", "-p", "$(PORT)"]), None),
+            (json!(["postgres", "-p", "$(KNOWN)"]), Some("6432")),
             (json!(["postgres"]), None),
         ] {
-            assert_eq!(port(&json!({"args": args})).as_deref(), expected, "{args}");
+            let container = json!({"args": args, "env": [{"name": "KNOWN", "value": "6432"}]});
+            assert_eq!(port(&container).as_deref(), expected, "{args}");
         }
     }
 }

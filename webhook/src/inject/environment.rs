@@ -179,7 +179,7 @@ fn literal(value: &str) -> String {
 }
 
 /// The variables that a value refers to, as `$(NAME)`.
-fn references(value: Option<&str>) -> Vec<&str> {
+pub(super) fn references(value: Option<&str>) -> Vec<&str> {
     let mut names = Vec::new();
     let mut rest = value.unwrap_or("");
     while let Some(index) = rest.find('$') {

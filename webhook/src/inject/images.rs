@@ -12,6 +12,9 @@ pub(super) struct Image {
     pub(super) start: Start,
     /// `PGDATA`, where the tag tells it.
     pub(super) pgdata: Option<String>,
+    /// The `VOLUME`s of its Dockerfile that data may lie in; where the version isn't known, those of all versions. The
+    /// container runtime puts an empty volume over such a path, unless a mount of the pod has exactly this destination.
+    pub(super) volumes: &'static [&'static str],
     /// PostgreSQL's major version, where the tag tells it.
     pub(super) major: Option<u32>,
     /// Whether it deletes `recovery.signal` whenever it starts, so that nothing can be restored for it.
@@ -32,6 +35,8 @@ pub(super) enum Start {
 const DEBIAN: (u32, u32) = (999, 999);
 const ALPINE: (u32, u32) = (70, 70);
 const POSTGRES: Start = Start::Entrypoint(&["postgres"]);
+/// The official image's `VOLUME`: the first from version 18 on, the second before.
+const VOLUMES: &[&str] = &["/var/lib/postgresql", "/var/lib/postgresql/data"];
 
 /// What is known of an image by its name; `None` if nothing is.
 pub(super) fn look_up(image: &str) -> Option<Image> {
@@ -45,6 +50,11 @@ pub(super) fn look_up(image: &str) -> Option<Image> {
         user,
         start,
         pgdata: major.map(default_pgdata),
+        volumes: match major {
+            Some(18..) => &VOLUMES[..1],
+            Some(_) => &VOLUMES[1..],
+            None => VOLUMES,
+        },
         major,
         deletes_recovery_signal: false,
     };
@@ -65,20 +75,24 @@ pub(super) fn look_up(image: &str) -> Option<Image> {
         }
         ("timescale", "timescaledb-ha") => Image {
             pgdata: Some("/home/postgres/pgdata/data".to_owned()),
+            volumes: &[],
             ..official(number_after_pg(tag), Some((1000, 1000)), POSTGRES)
         },
         // Its user's number changed with the base image from 105 to others.
         ("supabase", "postgres") => Image {
             pgdata: Some("/var/lib/postgresql/data".to_owned()),
+            volumes: &[],
             ..official(leading_number(tag), None, Start::Entrypoint(&["postgres", "-D", "/etc/postgresql"]))
         },
         ("bitnami" | "bitnamilegacy" | "bitnamisecure", "postgresql" | "postgresql-repmgr") => Image {
             pgdata: Some("/bitnami/postgresql/data".to_owned()),
+            volumes: &["/bitnami/postgresql"],
             deletes_recovery_signal: true,
             ..official(leading_number(tag), Some((1001, 1001)), Start::Splits)
         },
         (_, name) if name == "spilo" || name.starts_with("spilo-") => Image {
             pgdata: Some("/home/postgres/pgdata/pgroot/data".to_owned()),
+            volumes: &[],
             ..official(None, Some((101, 103)), Start::Patroni)
         },
         _ => return None,
@@ -199,6 +213,20 @@ mod tests {
             ("ghcr.io/zalando/spilo-17:4.0-p2", None, Some(101), Some("/home/postgres/pgdata/pgroot/data".to_owned())),
         ] {
             assert_eq!(known(image), (major, user, pgdata), "{image}");
+        }
+    }
+
+    #[test]
+    fn volumes_are_those_of_the_version_or_of_all() {
+        for (image, expected) in [
+            ("postgres:17", &["/var/lib/postgresql/data"][..]),
+            ("timescale/timescaledb:2.17.2-pg17", &["/var/lib/postgresql/data"]),
+            ("postgis/postgis:18-3.6", &["/var/lib/postgresql"]),
+            ("postgres:latest", &["/var/lib/postgresql", "/var/lib/postgresql/data"]),
+            ("timescale/timescaledb-ha:pg17", &[]),
+            ("bitnami/postgresql:17", &["/bitnami/postgresql"]),
+        ] {
+            assert_eq!(look_up(image).unwrap().volumes, expected, "{image}");
         }
     }
 

@@ -11,8 +11,10 @@ mod environment;
 mod images;
 mod network;
 mod patch;
+mod pgdata;
 mod reference;
 mod resources;
+mod server;
 mod sidecar;
 mod user;
 mod view;
@@ -24,7 +26,7 @@ use serde_json::{Map, Value, json};
 use annotations::Wishes;
 use patch::Patch;
 use sidecar::{Common, PREPARE, SIDECAR};
-use view::{annotation, containers, has_annotation, init_containers, position, text};
+use view::{containers, has_annotation, init_containers, position, text};
 
 /// The label that asks for an injection, with the value `true`.
 pub const LABEL: &str = "pgsidecar.dev/inject";
@@ -181,15 +183,12 @@ fn check_pod(pod: &Value) -> Result<(), Rejection> {
     }
     network::check_ports(pod)?;
     if has_annotation(pod, STATUS) {
-        let status = annotation(pod, STATUS).map(serde_json::from_str::<Map<String, Value>>);
-        return if matches!(status, Some(Ok(_))) {
-            Ok(())
-        } else {
-            Err(Rejection::new(
-                format!("the annotation {STATUS} isn't what pgsidecar writes there"),
+        return container::Status::read(pod).map(drop).ok_or_else(|| {
+            Rejection::new(
+                format!("the annotation {STATUS} isn't what pgsidecar writes there, or its container is gone"),
                 "Take it out of the pod template: it's pgsidecar's own note.",
-            ))
-        };
+            )
+        });
     }
     let ours = |list: &[Value]| [SIDECAR, PREPARE].into_iter().find(|name| position(list, name).is_some());
     match ours(containers(pod)).or_else(|| ours(init_containers(pod))) {
@@ -198,6 +197,17 @@ fn check_pod(pod: &Value) -> Result<(), Rejection> {
             format!("the pod has a container {name:?} that wasn't injected"),
             "If it's written by hand, take the label pgsidecar.dev/inject out of the pod template; otherwise give it another name.",
         )),
+    }
+}
+
+/// A sidecar among the containers that isn't started again, and that doesn't end by itself.
+fn check_restart_policy(pod: &Value) -> Result<(), Rejection> {
+    match pod.get("spec").and_then(|spec| text(spec, "restartPolicy")) {
+        Some(policy @ ("Never" | "OnFailure")) => Err(Rejection::new(
+            format!("the pod has restartPolicy {policy}: in classic mode it would never end, as pgsidecar doesn't"),
+            "Use native sidecars (pgsidecar.dev/mode: native), from Kubernetes 1.29 on.",
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -215,12 +225,15 @@ struct Plan<'a> {
     image: &'a str,
     /// The data are lost with the pod.
     ephemeral: bool,
+    /// What was seen that may be wrong.
+    warnings: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
     fn make(pod: &Value, wishes: &'a Wishes, settings: &'a Settings) -> Result<Plan<'a>, Rejection> {
         let index = container::find(pod, wishes.container.as_deref())?;
         let container = &containers(pod)[index];
+        let ours = container::ours(pod);
         let image = text(container, "image").and_then(images::look_up);
         let image = image.as_ref();
         if let Some(major) = image.and_then(|image| image.major).filter(|major| !VERSIONS.contains(major)) {
@@ -230,9 +243,9 @@ impl<'a> Plan<'a> {
             ));
         }
         volumes::check_names(pod, container)?;
-        let pgdata = volumes::pgdata(container, wishes, image)?;
-        let ephemeral = volumes::check_pgdata(pod, container, &pgdata, image)?;
-        let identity = user::find(pod, container, wishes, image)?;
+        let pgdata = pgdata::find(container, ours, wishes, image)?;
+        let ephemeral = pgdata::check(pod, container, &pgdata, image)?;
+        let identity = user::find(pod, container, ours, wishes, image)?;
         if let Some(asked) = wishes.restores().filter(|_| image.is_some_and(|image| image.deletes_recovery_signal)) {
             return Err(Rejection::new(
                 format!(
@@ -242,17 +255,18 @@ impl<'a> Plan<'a> {
             ));
         }
         let arguments = if wishes.skips_arguments { Vec::new() } else { command::complete(container, image)?.append };
+        let warnings = server::check(container, image, &pgdata, wishes.pgdata.is_some())?;
         network::check_mesh(pod, container)?;
         // A pod that was injected stays as it is, whatever the settings say by now.
-        let was = if position(containers(pod), SIDECAR).is_some() {
-            Some(Mode::Classic)
-        } else {
-            position(init_containers(pod), SIDECAR).map(|_| Mode::Native)
-        };
+        let was = container::Status::read(pod).map(|status| status.mode);
         let auto = if settings.native_sidecars { Mode::Native } else { Mode::Classic };
+        let mode = was.or(wishes.mode).unwrap_or(auto);
+        if mode == Mode::Classic {
+            check_restart_policy(pod)?;
+        }
         Ok(Plan {
             wishes,
-            mode: was.or(wishes.mode).unwrap_or(auto),
+            mode,
             index,
             name: text(container, "name").unwrap_or("").to_owned(),
             pgdata,
@@ -261,6 +275,7 @@ impl<'a> Plan<'a> {
             config_secret: wishes.config_secret.as_deref().unwrap_or(&settings.config_secret),
             image: wishes.image.as_deref().unwrap_or(&settings.image),
             ephemeral,
+            warnings,
         })
     }
 
@@ -279,11 +294,13 @@ impl<'a> Plan<'a> {
                     .into(),
             );
         }
+        warnings.extend(self.warnings.iter().cloned());
         patch.append(&["spec", "volumes"], volumes::missing(pod));
         self.add_fs_group(&mut patch, warnings);
         self.add_grace(&mut patch);
         self.add_to_postgres(&mut patch, container);
 
+        volumes::check_sub_paths(container, &environment.env)?;
         for name in &environment.secrets {
             warnings
                 .push(format!("{name} has its value in the pod itself and isn't copied to pgsidecar: use a Secret"));

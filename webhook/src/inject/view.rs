@@ -43,6 +43,34 @@ pub(super) fn position(list: &[Value], name: &str) -> Option<usize> {
     list.iter().position(|element| text(element, "name") == Some(name))
 }
 
+/// The value in the container's `env` of this name, if it's a plain one: without a source or a reference.
+pub(super) fn plain_variable<'a>(container: &'a Value, name: &str) -> Option<&'a str> {
+    // Of several entries of one name Kubernetes takes the last.
+    let entry = items(container, "env").iter().rev().find(|entry| text(entry, "name") == Some(name))?;
+    text(entry, "value").filter(|value| !value.contains('$'))
+}
+
+/// A text with its references (`$(NAME)`) resolved as Kubernetes does it; `None` if a value isn't known here.
+pub(super) fn expand(container: &Value, text: &str) -> Option<String> {
+    let mut expanded = String::new();
+    let mut rest = text;
+    while let Some((before, behind)) = rest.split_once('$') {
+        expanded.push_str(before);
+        rest = behind;
+        if let Some(escaped) = behind.strip_prefix('$') {
+            expanded.push('$');
+            rest = escaped;
+        } else if let Some((name, behind)) = behind.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
+            expanded.push_str(plain_variable(container, name)?);
+            rest = behind;
+        } else {
+            expanded.push('$');
+        }
+    }
+    expanded.push_str(rest);
+    Some(expanded)
+}
+
 /// A pod's annotation.
 pub(super) fn annotation<'a>(pod: &'a Value, name: &str) -> Option<&'a str> {
     pod.get("metadata")?.get("annotations")?.get(name)?.as_str()
@@ -111,4 +139,32 @@ fn list(parent: &Value, name: &str, prefix: &str) -> Result<(), Rejection> {
 
 fn odd(path: &str, expected: &str) -> Rejection {
     Rejection::new(format!("{path} is not {expected}"), "This is no pod: look at the indentation of the manifest.")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn references_are_resolved_where_their_values_are_plain() {
+        let container = json!({"env": [
+            {"name": "A", "value": "x"},
+            {"name": "A", "value": "1"},
+            {"name": "B", "value": "$(A)"},
+            {"name": "C", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+        ]});
+        for (text, expected) in [
+            ("/data", Some("/data")),
+            ("/$(A)/$(A)", Some("/1/1")),
+            ("$$(A)$", Some("$(A)$")),
+            ("$(A", Some("$(A")),
+            ("$(B)", None),
+            ("$(C)", None),
+            ("$(D)", None),
+        ] {
+            assert_eq!(expand(&container, text).as_deref(), expected, "{text}");
+        }
+    }
 }

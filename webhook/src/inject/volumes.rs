@@ -1,11 +1,12 @@
-//! Where the data are, and which volumes our containers see.
+//! Which volumes our containers see.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
 use super::{
     Rejection,
-    annotations::{Wishes, absolute},
-    images::{self, Image},
+    environment::references,
     view::{items, named, text},
 };
 
@@ -18,77 +19,25 @@ pub(super) const HELPER_VOLUME: &str = "pgsidecar-run";
 /// The volume at [`SPOOL_PATH`].
 pub(super) const SPOOL_VOLUME: &str = "pgsidecar-spool";
 
-/// The service account's token is each container's own matter; Kubernetes mounts it where it's wanted.
-const SERVICE_ACCOUNT_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// The service account's token is each container's own matter; Kubernetes mounts it where it's wanted. Of images whose
+/// `/var/run` is a link to `/run`, both are the same.
+const SERVICE_ACCOUNT_PATHS: [&str; 2] = ["/var/run/secrets/kubernetes.io", "/run/secrets/kubernetes.io"];
 
-/// Where our image keeps what it runs. A mount there, or above, would hide it.
-const PROGRAMS: [&str; 6] = ["/usr/local/bin", "/usr/bin", "/usr/lib", "/bin", "/lib", "/lib64"];
-
-/// `PGDATA`, as PostgreSQL's container sees it.
-///
-/// # Errors
-/// If it can't be told.
-pub(super) fn pgdata(container: &Value, wishes: &Wishes, image: Option<&Image>) -> Result<String, Rejection> {
-    if let Some(pgdata) = &wishes.pgdata {
-        return Ok(pgdata.clone());
-    }
-    // Of several entries of one name Kubernetes takes the last.
-    let entry = items(container, "env").iter().rev().find(|entry| text(entry, "name") == Some("PGDATA"));
-    if let Some(entry) = entry {
-        let value = text(entry, "value").unwrap_or("");
-        return absolute(value).map_err(|problem| {
-            let problem = if entry.get("valueFrom").is_some_and(|from| !from.is_null()) {
-                "PGDATA comes from elsewhere (valueFrom), and can't be read here".to_owned()
-            } else {
-                format!("PGDATA: {problem}")
-            };
-            Rejection::new(problem, "Say where the data are in the annotation pgsidecar.dev/pgdata.")
-        });
-    }
-    image.and_then(|image| image.pgdata.clone()).ok_or_else(|| {
-        let name = text(container, "image").unwrap_or("");
-        let problem = format!("it can't be told where the data are: the image {:?} doesn't tell its version", name.chars().take(200).collect::<String>());
-        Rejection::new(problem, "Set PGDATA in the container's env (or the annotation pgsidecar.dev/pgdata), or name a major version in the image's tag.")
-    })
-}
-
-/// Checks that the data are on a volume that ours can write to. Returns whether they are lost with the pod.
-///
-/// # Errors
-/// If they aren't.
-pub(super) fn check_pgdata(
-    pod: &Value,
-    container: &Value,
-    pgdata: &str,
-    image: Option<&Image>,
-) -> Result<bool, Rejection> {
-    let mounts = items(container, "volumeMounts").iter().filter_map(|mount| Some((text(mount, "mountPath")?, mount)));
-    let above = mounts.filter(|(path, _)| is_within(pgdata, path));
-    let Some((path, mount)) = above.max_by_key(|(path, _)| parts(path).len()) else {
-        let at =
-            image.and_then(|image| image.major).filter(|&major| major >= 18 && pgdata == images::default_pgdata(major));
-        let hint = if at.is_some() { " From PostgreSQL 18 on, the image wants it at /var/lib/postgresql." } else { "" };
-        return Err(Rejection::new(
-            format!(
-                "PGDATA {pgdata} isn't on a volume of the pod, so the data are lost with the container and can't be seen from another"
-            ),
-            format!("Mount a volume at {pgdata} or above it, or correct the annotation pgsidecar.dev/pgdata.{hint}"),
-        ));
-    };
-    let name = text(mount, "name").unwrap_or("");
-    // In a template of a StatefulSet, claims aren't among the volumes.
-    let volume = pod.get("spec").and_then(|spec| named(items(spec, "volumes"), name));
-    let is = |kind: &str| volume.is_some_and(|volume| volume.get(kind).is_some_and(|source| !source.is_null()));
-    let claim_read_only = volume.and_then(|volume| volume.get("persistentVolumeClaim")?.get("readOnly")?.as_bool());
-    let fixed = ["configMap", "secret", "projected", "downwardAPI", "image"].into_iter().any(is);
-    if fixed || mount.get("readOnly") == Some(&json!(true)) || claim_read_only == Some(true) {
-        return Err(Rejection::new(
-            format!("PGDATA {pgdata} is on the volume {name:?}, mounted at {path}, which is read-only"),
-            "Mount a volume there that can be written to.",
-        ));
-    }
-    Ok(is("emptyDir") || is("ephemeral"))
-}
+/// Where our image keeps what it runs, and the libraries of that. A mount there, above or below would hide it.
+const PROGRAMS: [&str; 12] = [
+    "/usr/local/bin",
+    "/usr/local/lib",
+    "/usr/bin",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/libx32",
+    "/bin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+];
 
 /// Checks that our own volumes and paths are free, or ours.
 ///
@@ -109,12 +58,19 @@ pub(super) fn check_names(pod: &Value, container: &Value) -> Result<(), Rejectio
         }
     }
     for mount in items(container, "volumeMounts") {
-        let path = text(mount, "mountPath").unwrap_or("");
-        let is_ours = text(mount, "name") == Some(HELPER_VOLUME) && parts(path) == parts(HELPER_PATH);
-        let collides = [HELPER_PATH, SPOOL_PATH].into_iter().any(|ours| is_within(path, ours) || is_within(ours, path));
-        if collides && !is_ours {
+        let (name, path) = (text(mount, "name").unwrap_or(""), text(mount, "mountPath").unwrap_or(""));
+        if is_helper_mount(mount) {
+            continue;
+        }
+        if [HELPER_VOLUME, SPOOL_VOLUME].contains(&name) {
             return Err(Rejection::new(
-                format!("PostgreSQL's container mounts the volume {:?} at {path}", text(mount, "name").unwrap_or("")),
+                format!("PostgreSQL's container mounts pgsidecar's volume {name:?} at {path}, or a part of it"),
+                "Take this mount out: pgsidecar adds the one that's needed.",
+            ));
+        }
+        if [HELPER_PATH, SPOOL_PATH].into_iter().any(|ours| is_within(path, ours) || is_within(ours, path)) {
+            return Err(Rejection::new(
+                format!("PostgreSQL's container mounts the volume {name:?} at {path}"),
                 format!("Mount it elsewhere: {HELPER_PATH} and {SPOOL_PATH} are pgsidecar's."),
             ));
         }
@@ -135,8 +91,60 @@ pub(super) fn missing(pod: &Value) -> Vec<Value> {
 
 /// The helper's mount in PostgreSQL's container, if it's missing.
 pub(super) fn missing_helper_mount(container: &Value) -> Option<Value> {
-    let is_there = items(container, "volumeMounts").iter().any(|mount| text(mount, "name") == Some(HELPER_VOLUME));
+    let is_there = items(container, "volumeMounts").iter().any(is_helper_mount);
     (!is_there).then(|| json!({"name": HELPER_VOLUME, "mountPath": HELPER_PATH, "readOnly": true}))
+}
+
+/// Whether this is all of the helper's volume, at its place.
+fn is_helper_mount(mount: &Value) -> bool {
+    let is_part = ["subPath", "subPathExpr"].iter().any(|name| text(mount, name).is_some_and(|part| !part.is_empty()));
+    let path = text(mount, "mountPath").unwrap_or("");
+    text(mount, "name") == Some(HELPER_VOLUME) && is_same(path, HELPER_PATH) && !is_part
+}
+
+/// Whether what is mounted at this path would hide what our containers run.
+pub(super) fn hides_programs(path: &str) -> bool {
+    PROGRAMS.into_iter().any(|programs| is_within(programs, path) || is_within(path, programs))
+}
+
+/// The values of an environment, or where they come from, by their names, of which the last counts.
+fn values(env: &[Value]) -> BTreeMap<&str, (&str, Option<&Value>)> {
+    let of = |entry| {
+        let from = Value::pointer(entry, "/valueFrom").filter(|from| !from.is_null());
+        // The API server fills in the version of a field's API.
+        let field = Value::pointer(entry, "/valueFrom/fieldRef/fieldPath");
+        Some((text(entry, "name")?, (text(entry, "value").unwrap_or(""), field.or(from))))
+    };
+    env.iter().filter_map(of).collect()
+}
+
+/// Checks that a `subPathExpr` means the same in our containers, whose environment is `ours`.
+///
+/// # Errors
+/// If it doesn't.
+pub(super) fn check_sub_paths(container: &Value, ours: &[Value]) -> Result<(), Rejection> {
+    let (theirs, ours) = (values(items(container, "env")), values(ours));
+    let mut seen = BTreeSet::new();
+    for mount in items(container, "volumeMounts") {
+        let mut names = references(text(mount, "subPathExpr"));
+        while let Some(name) = names.pop() {
+            if !seen.insert(name) {
+                continue;
+            }
+            let value = theirs.get(name);
+            if value != ours.get(name) {
+                return Err(Rejection::new(
+                    format!(
+                        "the mount at {} has a subPathExpr with $({name}), which has another value in pgsidecar's containers, or none",
+                        text(mount, "mountPath").unwrap_or("")
+                    ),
+                    "Use a variable of another name there: one that doesn't hold a secret and isn't pgsidecar's.",
+                ));
+            }
+            names.extend(references(value.map(|(value, _)| *value)));
+        }
+    }
+    Ok(())
 }
 
 /// The mounts of our containers, and those of PostgreSQL's that were left out because they would hide our programs.
@@ -148,10 +156,10 @@ pub(super) fn mounts(container: &Value) -> (Vec<Value>, Vec<String>) {
     let mut left_out = Vec::new();
     for mount in items(container, "volumeMounts") {
         let Some(path) = text(mount, "mountPath") else { continue };
-        if is_same(path, HELPER_PATH) || is_within(path, SERVICE_ACCOUNT_PATH) {
+        if is_same(path, HELPER_PATH) || SERVICE_ACCOUNT_PATHS.into_iter().any(|token| is_within(path, token)) {
             continue;
         }
-        if PROGRAMS.into_iter().any(|programs| is_within(programs, path)) {
+        if hides_programs(path) {
             left_out.push(path.to_owned());
             continue;
         }
@@ -168,12 +176,12 @@ pub(super) fn mounts(container: &Value) -> (Vec<Value>, Vec<String>) {
 }
 
 /// Whether two paths mean the same place.
-fn is_same(path: &str, other: &str) -> bool {
+pub(super) fn is_same(path: &str, other: &str) -> bool {
     parts(path) == parts(other)
 }
 
 /// Whether `path` is `directory` or below it.
-fn is_within(path: &str, directory: &str) -> bool {
+pub(super) fn is_within(path: &str, directory: &str) -> bool {
     parts(path).starts_with(&parts(directory))
 }
 
@@ -195,31 +203,75 @@ mod tests {
     }
 
     #[test]
-    fn the_data_are_on_the_volume_that_is_mounted_nearest() {
-        let pod = json!({"spec": {"volumes": [
-            {"name": "config", "configMap": {"name": "x"}},
-            {"name": "scratch", "emptyDir": {}},
-            {"name": "claim", "persistentVolumeClaim": {"claimName": "x"}},
-            {"name": "fixed", "persistentVolumeClaim": {"claimName": "x", "readOnly": true}},
-        ]}});
-        let check = |mounts: Value| {
-            check_pgdata(&pod, &json!({"volumeMounts": mounts}), "/var/lib/pg/data", None)
-                .map_err(|rejection| rejection.problem.chars().take(60).collect::<String>())
+    fn what_would_hide_our_programs_is_left_out() {
+        let left_out = |path: &str| {
+            let (mounts, left_out) = mounts(&json!({"volumeMounts": [{"name": "x", "mountPath": path}]}));
+            assert_eq!(mounts.len() + left_out.len(), 3, "{path}");
+            !left_out.is_empty()
         };
-        let mount = |name: &str, path: &str| json!({"name": name, "mountPath": path});
-        assert_eq!(check(json!([mount("scratch", "/"), mount("claim", "/var/lib/pg/")])), Ok(false));
-        assert_eq!(check(json!([mount("claim", "/var"), mount("scratch", "/var/lib/pg/data")])), Ok(true));
-        assert_eq!(check(json!([mount("template", "/var/lib/pg")])), Ok(false));
-        assert!(check(json!([mount("claim", "/var/lib/p"), mount("claim", "/var/lib/pg/data/base")])).is_err());
-        assert!(check(json!([mount("config", "/var/lib/pg")])).unwrap_err().contains("is on the volume"));
-        assert!(check(json!([mount("fixed", "/var/lib/pg")])).unwrap_err().contains("is on the volume"));
-        let read_only = json!([{"name": "claim", "mountPath": "/var/lib/pg", "readOnly": true}]);
-        assert!(check(read_only).unwrap_err().contains("is on the volume"));
+        for path in
+            ["/", "/usr", "/usr/lib/x86_64-linux-gnu", "/lib64/", "/usr/lib/postgresql/17/lib", "/usr/local/bin"]
+        {
+            assert!(left_out(path), "{path}");
+        }
+        for path in ["/usr/share/postgresql", "/library", "/usr/local/share", "/etc/ssl", "/var/run/postgresql"] {
+            assert!(!left_out(path), "{path}");
+        }
     }
 
     #[test]
-    fn of_several_entries_the_last_counts_as_for_kubernetes() {
-        let env = json!([{"name": "PGDATA", "value": "/first"}, {"name": "PGDATA", "value": "/last"}]);
-        assert_eq!(pgdata(&json!({"env": env}), &Wishes::default(), None), Ok("/last".to_owned()));
+    fn the_service_account_s_token_is_not_copied() {
+        for path in [
+            "/var/run/secrets/kubernetes.io",
+            "/var/run/secrets/kubernetes.io/serviceaccount",
+            "/run/secrets/kubernetes.io/serviceaccount/",
+        ] {
+            let mount = json!({"volumeMounts": [{"name": "token", "mountPath": path}]});
+            assert_eq!(mounts(&mount).0.len(), 2, "{path}");
+        }
+        let mount = json!({"volumeMounts": [{"name": "db", "mountPath": "/var/run/secrets/db"}]});
+        assert_eq!(mounts(&mount).0.len(), 3);
+    }
+
+    #[test]
+    fn our_volumes_are_mounted_whole_and_at_their_place() {
+        let pod = json!({"spec": {"volumes": missing(&json!({}))}});
+        let check = |mount: Value| check_names(&pod, &json!({"volumeMounts": [mount]})).is_ok();
+        assert!(check(json!({"name": "pgsidecar-run", "mountPath": "/pgsidecar/", "readOnly": true})));
+        assert!(!check(json!({"name": "pgsidecar-run", "mountPath": "/tools"})));
+        assert!(!check(json!({"name": "pgsidecar-run", "mountPath": "/pgsidecar", "subPath": "x"})));
+        assert!(!check(json!({"name": "pgsidecar-run", "mountPath": "/pgsidecar", "subPathExpr": "$(X)"})));
+        assert!(!check(json!({"name": "pgsidecar-spool", "mountPath": "/spool"})));
+        assert!(!check(json!({"name": "other", "mountPath": "/pgsidecar"})));
+    }
+
+    #[test]
+    fn sub_paths_mean_the_same_in_our_containers() {
+        let field = |api: Value| json!({"name": "POD_NAME", "valueFrom": {"fieldRef": {"apiVersion": api, "fieldPath": "metadata.name"}}});
+        let env = json!([
+            field(json!("v1")),
+            {"name": "PGHOST", "value": "elsewhere"},
+            {"name": "INDIRECT", "value": "$(PGHOST)"},
+            {"name": "SHARD", "value": "7"},
+            {"name": "API_TOKEN", "value": "hunter2"},
+        ]);
+        let ours = [
+            field(Value::Null),
+            json!({"name": "PGHOST", "value": "127.0.0.1"}),
+            json!({"name": "INDIRECT", "value": "$(PGHOST)"}),
+            json!({"name": "SHARD", "value": "7"}),
+            json!({"name": "TMPDIR", "value": "/x"}),
+        ];
+        let check = |expression: &str| {
+            let mounts = json!([{"name": "data", "mountPath": "/data", "subPathExpr": expression}]);
+            check_sub_paths(&json!({"env": env, "volumeMounts": mounts}), &ours)
+        };
+        for expression in ["$(POD_NAME)/$(SHARD)", "$$(PGHOST)", "plain", "$(FROM_A_CONFIG_MAP)"] {
+            assert_eq!(check(expression), Ok(()), "{expression}");
+        }
+        for expression in ["$(PGHOST)", "x/$(INDIRECT)", "$(API_TOKEN)", "$(TMPDIR)"] {
+            let refused = check(expression).unwrap_err().to_string();
+            assert!(refused.contains("subPathExpr") && !refused.contains("hunter2"), "{refused}");
+        }
     }
 }

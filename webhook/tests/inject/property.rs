@@ -149,7 +149,6 @@ fn pod() -> impl Strategy<Value = Value> {
         ("pgsidecar.dev/postgres-args", "skip"),
         ("pgsidecar.dev/grace-seconds", "60"),
         ("pgsidecar.dev/fs-group", "skip"),
-        ("pgsidecar.dev/status", "{}"),
         ("example.com/a~b", "/~"),
     ];
     let contexts = vec![json!({"fsGroup": 5}), json!({"runAsUser": 7, "fsGroupChangePolicy": "Always"}), json!({})];

@@ -79,6 +79,28 @@ fn what_was_injected_by_another_version_stays_as_it_is() {
 }
 
 #[test]
+fn an_image_that_another_webhook_renamed_is_still_the_same() {
+    let mut pod = pod("native");
+    pod["spec"]["containers"][0]["name"] = json!("main");
+    push(&mut pod["spec"]["containers"], &json!({"name": "web", "image": "registry.example.com/web:1"}));
+    let mut pod = injected(&pod);
+    pod["spec"]["containers"][0]["image"] = json!("mirror.example.com/images/sha256-1234@sha256:abcd");
+    assert_eq!(added(&pod, &settings()), []);
+    // What is missing is as it was.
+    let prepare = pod["spec"]["initContainers"].as_array_mut().unwrap().remove(0);
+    assert_eq!(added(&pod, &settings()), [("/spec/initContainers/-".to_owned(), prepare)]);
+}
+
+#[test]
+fn data_that_another_webhook_moved_since_are_refused() {
+    let mut pod = injected(&pod("native"));
+    let env = json!({"name": "PGDATA", "value": "/var/lib/postgresql/data/moved"});
+    push(&mut pod["spec"]["containers"][0]["env"], &env);
+    let rejection = inject(&pod, "shop", &settings()).unwrap_err();
+    assert!(rejection.problem.contains("was injected when PGDATA was"), "{rejection}");
+}
+
+#[test]
 fn what_somebody_took_away_is_added_again() {
     let mut pod = injected(&pod("native"));
     pod["spec"]["containers"][0]["args"] = json!(["postgres", "-c", "archive_mode=on"]);
