@@ -55,7 +55,13 @@ pub(super) struct Environment {
     pub(super) has_static_keys: bool,
 }
 
-/// The environment of our containers beside this one.
+/// How long the sidecar may take to stop: nearly all that the pod has, since the last WAL is worth it and it ends as
+/// soon as that is stored.
+fn drain_seconds(grace_seconds: u64) -> u64 {
+    grace_seconds.saturating_sub(15).max(grace_seconds / 2).max(1)
+}
+
+/// The environment of our containers beside this one, in a pod with this grace period.
 ///
 /// # Errors
 /// If it's too large.
@@ -64,6 +70,7 @@ pub(super) fn compose(
     pgdata: &str,
     wishes: &Wishes,
     config_secret: &str,
+    grace_seconds: u64,
 ) -> Result<Environment, Rejection> {
     let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
     let plain = |name: &str, value: &str| json!({"name": name, "value": value});
@@ -78,6 +85,7 @@ pub(super) fn compose(
         plain("PGSIDECAR_SPOOL", SPOOL_PATH),
         plain("TMPDIR", SPOOL_PATH),
         plain("PGSIDECAR_CONTROL_SOCKET", &format!("{SPOOL_PATH}/control.sock")),
+        plain("PGSIDECAR_DRAIN_TIMEOUT", &format!("{}s", drain_seconds(grace_seconds))),
         plain("PGSIDECAR_LOG_FORMAT", "json"),
     ];
     env.extend(wishes.settings.iter().map(|(name, value)| plain(name, &literal(value))));
@@ -219,7 +227,7 @@ mod tests {
     }
 
     fn of(container: Value) -> Environment {
-        compose(&container, "/data", &Wishes::default(), "pgsidecar").unwrap()
+        compose(&container, "/data", &Wishes::default(), "pgsidecar", 180).unwrap()
     }
 
     #[test]
@@ -234,7 +242,7 @@ mod tests {
             {"name": "PGDATA", "value": "/elsewhere"},
             {"name": "POSTGRES_DB", "value": "shop $$(UNRELATED)"},
         ], "volumeMounts": [{"subPathExpr": "shards/$(SHARD)"}]}));
-        let copied = &environment.env[11..];
+        let copied = &environment.env[12..];
         assert_eq!(names(copied), ["DB_USER", "SHARD", "POSTGRES_USER", "PGPASSWORD", "POSTGRES_DB", "PGUSER"]);
         assert_eq!(copied[3]["valueFrom"], from);
         assert_eq!(copied[5], json!({"name": "PGUSER", "value": "$(DB_USER)"}));
@@ -260,7 +268,7 @@ mod tests {
             {"name": "POSTGRES_PASS", "value": "hunter2"},
             {"name": "PG_CONNECTION", "value": "host=db PASSWORD=hunter2"},
         ]}));
-        let copied = &environment.env[11..];
+        let copied = &environment.env[12..];
         let expected = ["AWS_WEB_IDENTITY_TOKEN_FILE", "POSTGRES_PASSWORD_FILE", "PGPASSFILE", "POSTGRES_INITDB_ARGS"];
         assert_eq!(names(copied)[..4], expected);
         assert_eq!(names(copied)[4..], ["PG_ENCRYPTION_KEY_ID"]);
@@ -280,12 +288,12 @@ mod tests {
         env.push(json!({"name": "PG_PLACE", "value": "$(AWS_REGION)"}));
         let environment = of(json!({"env": env}));
         assert!(environment.has_static_keys && environment.secrets.is_empty());
-        assert_eq!(names(&environment.env[11..]), [] as [&str; 0]);
+        assert_eq!(names(&environment.env[12..]), [] as [&str; 0]);
         for identity in ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI"] {
             let env = [&env[..], &[plain("AWS_ROLE_ARN"), plain(identity)]].concat();
             let environment = of(json!({"env": env}));
             let expected = ["AWS_REGION", "AWS_DEFAULT_REGION", "PG_PLACE", "AWS_ROLE_ARN", identity];
-            assert_eq!(names(&environment.env[11..]), expected);
+            assert_eq!(names(&environment.env[12..]), expected);
         }
     }
 
@@ -293,7 +301,7 @@ mod tests {
     fn what_would_lead_the_connection_elsewhere_is_not_copied() {
         let env = ["PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE", "PGOPTIONS", "PGREQUIREAUTH", "PGSSLMODE", "PGDATABASE"];
         let environment = of(json!({"env": env.map(|name| json!({"name": name, "value": "x"}))}));
-        assert_eq!(names(&environment.env[11..]), ["PGDATABASE"]);
+        assert_eq!(names(&environment.env[12..]), ["PGDATABASE"]);
     }
 
     #[test]
@@ -301,7 +309,7 @@ mod tests {
         let from = json!([{"configMapRef": {"name": "db"}}]);
         let said = json!([{"name": "PGDATA", "value": "/data"}]);
         let of = |container: Value, wishes: &Wishes| {
-            let environment = compose(&container, "/data", wishes, "pgsidecar").unwrap();
+            let environment = compose(&container, "/data", wishes, "pgsidecar", 180).unwrap();
             ["PGDATA", DEFAULT_PGDATA].map(|name| {
                 let entry = environment.env.iter().find(|entry| text(entry, "name") == Some(name));
                 entry.and_then(|entry| text(entry, "value")) == Some("/data")
@@ -333,13 +341,13 @@ mod tests {
         let link = |index: usize| json!({"name": format!("X{index}"), "value": format!("$(X{})", index + 1)});
         let mut env: Vec<Value> = (0..900).map(link).collect();
         env.push(json!({"name": "PGUSER", "value": "$(X0)"}));
-        assert_eq!(of(json!({"env": env})).env.len(), 11 + 901);
+        assert_eq!(of(json!({"env": env})).env.len(), 12 + 901);
 
         let begun = std::time::Instant::now();
         let value = "$(".repeat(500_000);
         assert_eq!(references(Some(&value)), [] as [&str; 0]);
         let rejection =
-            compose(&json!({"env": [{"name": "PGUSER", "value": value}]}), "/data", &Wishes::default(), "s");
+            compose(&json!({"env": [{"name": "PGUSER", "value": value}]}), "/data", &Wishes::default(), "s", 180);
         assert!(rejection.is_err_and(|rejection| rejection.problem.contains("128 KiB")));
         assert!(begun.elapsed().as_secs() < 5, "{:?}", begun.elapsed());
     }

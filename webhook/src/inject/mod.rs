@@ -172,6 +172,10 @@ pub fn inject(pod: &Value, namespace: &str, settings: &Settings) -> Result<Injec
     Ok(Injection { patch, warnings, audit })
 }
 
+fn grace_of(pod: &Value) -> Option<u64> {
+    pod.pointer("/spec/terminationGracePeriodSeconds").and_then(Value::as_u64)
+}
+
 /// What has nothing to do with PostgreSQL's container.
 fn check_pod(pod: &Value) -> Result<(), Rejection> {
     let system = pod.get("spec").and_then(|spec| text(spec.get("os")?, "name"));
@@ -179,6 +183,16 @@ fn check_pod(pod: &Value) -> Result<(), Rejection> {
         return Err(Rejection::new(
             "the pod is for Windows",
             "Take the label pgsidecar.dev/inject out of its template.",
+        ));
+    }
+    let shares = ["shareProcessNamespace", "hostPID"];
+    let shared = |field: &&str| pod.get("spec").and_then(|spec| spec.get(field)) == Some(&json!(true));
+    if let Some(field) = shares.iter().find(|field| shared(field)) {
+        return Err(Rejection::new(
+            format!("the pod's containers see each other's processes ({field})"),
+            format!(
+                "Take {field} out of the pod template, or the label pgsidecar.dev/inject: both run as one user, so that whoever may run programs in PostgreSQL could read the store's keys there."
+            ),
         ));
     }
     network::check_ports(pod)?;
@@ -282,7 +296,8 @@ impl<'a> Plan<'a> {
     fn apply(&self, pod: &Value, warnings: &mut Vec<String>) -> Result<Vec<Operation>, Rejection> {
         let container = &containers(pod)[self.index];
         // First, as it may be too large, and the patch copies the pod.
-        let environment = environment::compose(container, &self.pgdata, self.wishes, self.config_secret)?;
+        let environment =
+            environment::compose(container, &self.pgdata, self.wishes, self.config_secret, self.grace(pod))?;
         let mut patch = Patch::new(pod);
         if self.ephemeral {
             warnings
@@ -371,11 +386,15 @@ impl<'a> Plan<'a> {
 
     /// The one value that is raised: the API server has filled in 30 seconds before we see the pod.
     fn add_grace(&self, patch: &mut Patch) {
-        let wanted = self.wishes.grace_seconds.unwrap_or(GRACE_SECONDS);
-        let there = patch.pod().pointer("/spec/terminationGracePeriodSeconds").and_then(Value::as_u64);
-        if there.is_none_or(|there| there < wanted) {
-            patch.set(&["spec"], Map::from_iter([("terminationGracePeriodSeconds".to_owned(), json!(wanted))]));
+        let grace = self.grace(patch.pod());
+        if grace_of(patch.pod()) != Some(grace) {
+            patch.set(&["spec"], Map::from_iter([("terminationGracePeriodSeconds".to_owned(), json!(grace))]));
         }
+    }
+
+    /// The grace period that the pod will have, in seconds.
+    fn grace(&self, pod: &Value) -> u64 {
+        self.wishes.grace_seconds.unwrap_or(GRACE_SECONDS).max(grace_of(pod).unwrap_or(0))
     }
 
     fn add_to_postgres(&self, patch: &mut Patch, container: &Value) {
