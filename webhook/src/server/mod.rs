@@ -37,8 +37,8 @@ use admission::Injector;
 /// How long requests are served after `/readyz` has turned; at most half of the drain timeout.
 const NOTICE: Duration = Duration::from_secs(5);
 
-/// Threads beside the one that serves: for answers, and for what the system does only while one waits (names).
-const MAX_BLOCKING_THREADS: usize = 2;
+/// Threads beside the one that serves: for answers, and for what else takes time. Each has an arena of memory of its own.
+const MAX_BLOCKING_THREADS: usize = 1;
 
 /// What all connections share.
 pub struct App {
