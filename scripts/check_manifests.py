@@ -124,7 +124,10 @@ def webhook(path, self_managed):
     expected = {
         "name": "inject.pgsidecar.dev", "failurePolicy": "Fail", "sideEffects": "None", "matchPolicy": "Equivalent",
         "reinvocationPolicy": "IfNeeded", "timeoutSeconds": 5, "admissionReviewVersions": ["v1"],
-        "objectSelector": {"matchLabels": {"pgsidecar.dev/inject": "true"}},
+        "objectSelector": {"matchExpressions": [
+            {"key": "pgsidecar.dev/inject", "operator": "Exists"},
+            {"key": "pgsidecar.dev/inject", "operator": "NotIn", "values": ["false"]},
+        ]},
     }
     for key, value in expected.items():
         check(hook.get(key) == value, f"{where}: {key} of the webhook is {hook.get(key)}")

@@ -13,10 +13,11 @@
 //! 6. The request is noted as served. A crash between 5 and 6 leaves a database and a claim: it's noted at the next start.
 //!
 //! A database that is there is never kept from starting, whatever the settings say (I8): that's told, and nothing else
-//! happens. A directory without one isn't left to initdb as long as it can't be told whether backups of it exist.
+//! happens but that modes are set back that PostgreSQL would refuse ([`modes`]). A directory without one isn't left to initdb as long as it can't be told whether backups of it exist.
 
 mod known;
 mod look;
+mod modes;
 mod requests;
 mod whole;
 
@@ -30,6 +31,7 @@ use pgsidecar_core::{
         at_first_sight, choose, decide,
     },
     recovery::{RecoveryMode, RecoverySignal, RecoveryTarget, TargetAction},
+    settings::RepositoryUrl,
     switch::Phase,
 };
 use tokio::task::JoinHandle;
@@ -53,6 +55,10 @@ pub use self::requests::{RequestClaim, RequestServed};
 
 /// How long a database that is there waits for its request to be noted as served.
 const NOTE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The rules of a mesh (`istio-init`, `linkerd-init`) are there before init containers run, and its proxy isn't, unless
+/// that is a native sidecar.
+const MESH_HINT: &str = "If the pod belongs to a service mesh, init containers reach nothing before its proxy runs: let the proxy be a native sidecar, or the store's port pass it by (traffic.sidecar.istio.io/excludeOutboundPorts, config.linkerd.io/skip-outbound-ports).";
 
 /// Shows how far a restore is, until it's aborted.
 pub type ShowProgress<'a> = &'a (dyn Fn(Arc<Progress>) -> JoinHandle<()> + Sync);
@@ -127,6 +133,7 @@ pub async fn run(
             if let Some(foreign) = foreign_owner(pgdata).filter(|_| !rustix::process::geteuid().is_root()) {
                 tracing::warn!(hint = foreign.hint, "{foreign}");
             }
+            modes::close(pgdata);
         }
         Directory::Empty => tracing::info!("{shown} is empty"),
         Directory::OnlyLostAndFound => tracing::info!("{shown} holds nothing but lost+found"),
@@ -289,10 +296,19 @@ impl Preparation<'_> {
     }
 
     fn cant_tell(&self, failure: Failure) -> Failure {
-        let hint = format!("{} {}", Refusal::CantTell.hint(), failure.hint);
+        let hint = format!("{} {}", Refusal::CantTell.hint(), self.with_mesh(&failure, &self.work.repository));
         failure
             .context(format!("{} holds no database, and {}", self.pgdata.display(), Refusal::CantTell))
             .hint(hint.trim())
+    }
+
+    /// A failure's hint, with what nothing else tells: behind a mesh's redirection an init container reaches no store.
+    fn with_mesh(&self, failure: &Failure, repository: &RepositoryUrl) -> String {
+        let over_network = matches!(repository, RepositoryUrl::S3 { .. }) && failure.code == Code::StoreUnavailable;
+        match over_network && self.settings.start.in_kubernetes {
+            true => format!("{} {MESH_HINT}", failure.hint).trim_start().to_owned(),
+            false => failure.hint.clone(),
+        }
     }
 
     /// There is a database. Nothing here may keep it from starting.
@@ -387,7 +403,10 @@ impl Preparation<'_> {
                 tracing::info!("request {} is served: {}", request.id(), request.what());
                 let theirs = open_source(source, self.work).await;
                 let there = WorkSettings { cluster: source.cluster.clone(), ..self.work.clone() };
-                let found = known_systems(&theirs, &there).await?;
+                let found = known_systems(&theirs, &there).await.map_err(|failure| {
+                    let hint = self.with_mesh(&failure, &source.repository);
+                    failure.hint(hint)
+                })?;
                 let no_backup = || {
                     Failure::new(Code::NotFound, format!("{source} holds no complete backup"))
                         .hint("Check PGSIDECAR_CLONE_FROM, and take a backup beside the source.")

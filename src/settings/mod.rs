@@ -392,7 +392,11 @@ fn resolve_work(resolver: &mut Resolver, raw: &RawSettings, pod: &PodEnvironment
     let text = |value: &Option<String>, default: &str| {
         value.clone().filter(|text| !text.is_empty()).unwrap_or_else(|| default.to_owned())
     };
-    let pgdata = resolver.value("PGDATA", raw.pgdata.as_ref(), None, |text| absolute(text).map(Some));
+    let mut directory =
+        |name, text: &Option<String>| resolver.value(name, text.as_ref(), None, |text| absolute(text).map(Some));
+    let (named, default) =
+        (directory("PGDATA", &raw.pgdata), directory("PGSIDECAR_DEFAULT_PGDATA", &raw.default_pgdata));
+    let pgdata = named.or(default);
     let schedules = raw.schedules.resolve(resolver, cluster.as_ref());
     let (host, user) = (text(&raw.pghost, "127.0.0.1"), text(&raw.pguser, pod.image.superuser()));
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
@@ -550,6 +554,37 @@ mod tests {
         PGPORT: "0" is not a number from 1 to 65535
         PGSIDECAR_COMPRESSION_LEVEL: "99" is not a number from 1 to 19
         "#);
+    }
+
+    #[test]
+    fn a_default_data_directory_counts_where_pgdata_says_nothing() {
+        let text = |text: &str| Some(text.to_owned()).filter(|text| text != "-");
+        // PGDATA, its default: what both the work and prepare take.
+        for (pgdata, default, taken) in [
+            ("-", "-", None),
+            ("-", "/image", Some("/image")),
+            // As `env` gives a ConfigMap's key that is there and says nothing.
+            ("", "/image", Some("/image")),
+            ("/said", "/image", Some("/said")),
+            ("/said", "", Some("/said")),
+            ("/said", "-", Some("/said")),
+        ] {
+            let raw = RawSettings { pgdata: text(pgdata), default_pgdata: text(default), ..raw() };
+            let settings = Settings::resolve(&raw, &PodEnvironment::default());
+            let taken = taken.map(PathBuf::from);
+            assert_eq!(settings.start.pgdata, taken, "{pgdata:?} {default:?}");
+            assert_eq!(settings.work.unwrap().pgdata, taken, "{pgdata:?} {default:?}");
+        }
+        // What can't be used is told, and isn't taken for nothing: the other one may be another database's.
+        for (pgdata, default, taken, wrong) in
+            [("said", "/image", None, "PGDATA"), ("/said", "image", Some("/said"), "PGSIDECAR_DEFAULT_PGDATA")]
+        {
+            let raw = RawSettings { pgdata: text(pgdata), default_pgdata: text(default), ..raw() };
+            let settings = Settings::resolve(&raw, &PodEnvironment::default());
+            assert_eq!(settings.start.pgdata, taken.map(PathBuf::from));
+            let names: Vec<&str> = settings.work.unwrap_err().0.iter().map(|error| error.name).collect();
+            assert_eq!(names, [wrong]);
+        }
     }
 
     #[test]

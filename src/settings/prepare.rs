@@ -44,6 +44,8 @@ pub struct StartSettings {
     pub names_repository: bool,
     /// Whether a cluster was named that this one is cloned from, usable or not.
     pub names_clone: bool,
+    /// Whether this is a pod of Kubernetes.
+    pub in_kubernetes: bool,
     /// Which of a set's servers this is.
     pub place: Place,
     /// Who serves a request: what stays the same when the pod is replaced, and differs from one server of a set to the
@@ -63,7 +65,7 @@ pub struct PrepareSettings {
 impl StartSettings {
     pub(super) fn resolve(raw: &RawSettings, pod: &PodEnvironment) -> StartSettings {
         let set = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
-        let pgdata = set(&raw.pgdata).and_then(|text| absolute(&text).ok());
+        let pgdata = raw.data_directory().and_then(|text| absolute(text).ok());
         let workload = set(&raw.workload).or_else(|| pod.workload(pgdata.as_deref()));
         let server = match (pod.place(), &pod.namespace, &pod.name) {
             (Place::Replica(_), Some(namespace), Some(name)) => format!("{namespace}/{name}"),
@@ -74,6 +76,7 @@ impl StartSettings {
             pgdata,
             names_repository,
             names_clone: set(&raw.clone_from).is_some(),
+            in_kubernetes: pod.in_kubernetes,
             place: pod.place(),
             server,
         }
@@ -195,7 +198,14 @@ mod tests {
     }
 
     fn start(place: Place, names_clone: bool) -> StartSettings {
-        StartSettings { pgdata: None, names_repository: false, names_clone, place, server: "shop/db".into() }
+        StartSettings {
+            pgdata: None,
+            names_repository: false,
+            names_clone,
+            in_kubernetes: false,
+            place,
+            server: "shop/db".into(),
+        }
     }
 
     #[test]

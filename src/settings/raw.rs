@@ -37,6 +37,16 @@ pub struct RawSettings {
     /// PostgreSQL's data directory, on the volume shared with it
     #[arg(long, global = true, env = "PGDATA", value_name = "DIR", hide_env_values = true)]
     pub pgdata: Option<String>,
+    /// The same where PGDATA isn't set: what the image says of itself, and the pod may say otherwise
+    #[arg(
+        long,
+        global = true,
+        env = "PGSIDECAR_DEFAULT_PGDATA",
+        value_name = "DIR",
+        hide_env_values = true,
+        hide_short_help = true
+    )]
+    pub default_pgdata: Option<String>,
     /// Directory that another archive_command, such as cp, copies WAL to: its files are shipped, and removed once durable
     #[arg(
         long,
@@ -312,4 +322,12 @@ pub struct RawSettings {
         hide_short_help = true
     )]
     pub log_format: Option<String>,
+}
+
+impl RawSettings {
+    /// The data directory as it's written: `PGDATA`, or what it is where nobody has set that. An empty text counts as
+    /// none; one that can't be used is never passed over, because another directory would be another database's.
+    pub(super) fn data_directory(&self) -> Option<&String> {
+        [&self.pgdata, &self.default_pgdata].into_iter().flatten().find(|text| !text.is_empty())
+    }
 }

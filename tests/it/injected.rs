@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::support::{
-    Look, Mode, Postgres, Repository, Scratch, Sidecar, Wire, beside, command, free_port, give_to_servers,
+    Background, Look, Mode, Postgres, Repository, Scratch, Sidecar, Wire, beside, command, free_port, give_to_servers,
     preparing::{Entrypoint, be, empty_pod, entrypoint, prepared},
     run, server_user, told, wait_until,
 };
@@ -132,7 +132,7 @@ fn the_image_s_user_and_password_are_those_that_count_last_pg15() {
         let (state, said) = connection(sidecar);
         assert!(state == "failed" && said.contains(says), "{said}");
     };
-    failed(&sidecar, "password");
+    failed(&sidecar, "password missing");
     sidecar.set("POSTGRES_PASSWORD", "se:cret");
     assert!(ok(&sidecar).contains("as shop"));
 
@@ -170,7 +170,7 @@ fn the_image_s_user_and_password_are_those_that_count_last_pg15() {
     // It's nobody else's password.
     sidecar.set("PGPASSFILE", "");
     sidecar.set("PGUSER", "postgres");
-    failed(&sidecar, "password");
+    failed(&sidecar, "password missing");
 }
 
 #[test]
@@ -320,7 +320,7 @@ fn nothing_is_written_but_to_the_spool_and_no_home_is_needed_root_pg15() {
     in_pod.env("PATH", std::env::var_os("PATH").unwrap());
     in_pod.envs(sidecar.environment.iter().map(|(name, value)| (name, value)));
     in_pod.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-    let mut daemon = in_pod.spawn().unwrap();
+    let mut daemon = Background::of(in_pod.spawn().unwrap());
     let log = || fs::read_to_string(scratch.path().join("read-only.log")).unwrap();
     let (code, said, _) = waits(&sidecar, &["--timeout", "20s"]);
     assert_eq!(code, Some(0), "{said}\n{}", log());
@@ -356,7 +356,7 @@ fn a_helper_that_postgresql_runs_is_replaced_by_each_who_brings_it_pg15() {
     let address = silent.local_addr().unwrap().to_string();
     let mut running = command(&helper);
     running.args(["--address", &address, "restore", "--timeout", "300", "000000010000000000000001", "x"]);
-    let mut running = running.current_dir(&postgres.data).stderr(Stdio::null()).spawn().unwrap();
+    let mut running = Background::start(running.current_dir(&postgres.data));
     silent.accept().unwrap();
     assert!(fs::OpenOptions::new().write(true).open(&helper).is_err_and(|error| error.raw_os_error() == Some(26)));
     let mut seen = vec![inode()];
@@ -371,8 +371,7 @@ fn a_helper_that_postgresql_runs_is_replaced_by_each_who_brings_it_pg15() {
     // The first one is held by who runs it, so that its number can't be given anew.
     assert!(seen[1..].iter().all(|inode| *inode != seen[0]), "{seen:?}");
     assert!(running.try_wait().unwrap().is_none(), "it runs on");
-    running.kill().unwrap();
-    running.wait().unwrap();
+    drop(running);
     assert_eq!(fs::read_dir(helper.parent().unwrap()).unwrap().count(), 1);
     assert!(run(command(&helper).arg("--version")).contains("pgsidecar-wal"));
 }

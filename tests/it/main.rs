@@ -26,6 +26,7 @@ mod incremental_formats;
 mod injected;
 mod memory;
 mod misconfiguration;
+mod modes;
 mod one_night;
 mod outage;
 mod point_in_time;

@@ -157,8 +157,12 @@ fn while_the_store_is_away_nothing_is_made_of_an_empty_directory_pg15() {
     for policy in ["", "restore"] {
         let text = prepared(&sidecar, 69, &[("PGSIDECAR_ON_EMPTY", policy)]);
         said(&text, &["can't be told", "tried again"]);
+        assert!(!text.contains("service mesh"), "{text}");
         assert!(is_empty(&postgres.data));
     }
+    // Where an init container may have no network at all.
+    let in_kubernetes = ("KUBERNETES_SERVICE_HOST", "10.96.0.1");
+    said(&prepared(&sidecar, 69, &[in_kubernetes]), &["tried again", "If the pod belongs to a service mesh"]);
     prepared(&sidecar, 0, &[("PGSIDECAR_ON_EMPTY", "initdb")]);
     // A database starts all the same, and soon.
     sidecar.set("PGDATA", with_database.to_str().unwrap());

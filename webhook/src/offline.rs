@@ -95,6 +95,10 @@ pub fn run(input: &str, format: Format, namespace: &str, settings: &Settings) ->
     let mut run = Run { settings, namespace, patches: vec![], warnings: vec![], rejections: vec![] };
     let mut documents = Vec::new();
     for (index, text) in split(input).into_iter().enumerate() {
+        if let Some(objects) = json_objects(text) {
+            documents.extend(objects);
+            continue;
+        }
         let object = parse(text).map_err(|problem| Error::Malformed { number: index + 1, problem })?;
         documents.push(Document { text, object, changed: false });
     }
@@ -129,8 +133,16 @@ impl Run<'_> {
         {
             return items.iter_mut().fold(false, |changed, item| self.visit(item) | changed);
         }
-        let Some(path) = template(&kind) else { return false };
         let name = self.name(&kind, object);
+        let Some(path) = template(&kind) else {
+            let members = object.as_object().into_iter().flatten();
+            if members.filter(|(name, _)| *name != "metadata").any(|(_, value)| has_labelled_template(value)) {
+                self.warnings.push(format!(
+                    "{name}: it has a labelled pod template, but {kind} isn't known here: nothing is injected"
+                ));
+            }
+            return false;
+        };
         let Some(pod) = object.pointer(path) else { return false };
         if !inject::is_labelled(pod) {
             if !path.is_empty() && inject::is_labelled(object) {
@@ -200,6 +212,17 @@ fn template(kind: &str) -> Option<&'static str> {
     }
 }
 
+/// Whether there's something in it that looks like a pod template with the label.
+fn has_labelled_template(value: &Value) -> bool {
+    match value {
+        Value::Object(members) => {
+            (members.contains_key("spec") && inject::is_labelled(value)) || members.values().any(has_labelled_template)
+        }
+        Value::Array(list) => list.iter().any(has_labelled_template),
+        _ => false,
+    }
+}
+
 /// Several pods without an ordinal would each heal themselves into a primary.
 fn check_replicas(kind: &str, object: &Value, pod: &Value) -> Result<(), Rejection> {
     let on_empty = pod.pointer("/metadata/annotations/pgsidecar.dev~1on-empty").and_then(Value::as_str);
@@ -237,9 +260,35 @@ fn split(input: &str) -> Vec<&str> {
     documents
 }
 
+/// JSON objects one after the other, as kubectl reads them; `None` if it's something else.
+fn json_objects(text: &str) -> Option<Vec<Document<'_>>> {
+    if !text.trim_start().starts_with('{') {
+        return None;
+    }
+    let mut objects = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+    let mut documents = Vec::new();
+    let mut start = 0;
+    while let Some(object) = objects.next() {
+        let object = object.ok().filter(Value::is_object)?;
+        let end = objects.byte_offset();
+        documents.push(Document { text: &text[start..end], object, changed: false });
+        start = end;
+    }
+    Some(documents)
+}
+
 fn parse(text: &str) -> Result<Value, String> {
     // Kubernetes reads YAML 1.1, where 0644 is octal; yes and on are booleans there as here.
-    let options = serde_saphyr::options! { legacy_octal_numbers: true, with_snippet: false };
+    // What a person has on their own disk may be large.
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_events: 50_000_000,
+            max_nodes: 25_000_000,
+            max_total_scalar_bytes: 1 << 30,
+        },
+        legacy_octal_numbers: true,
+        with_snippet: false,
+    };
     serde_saphyr::from_str_with_options::<Option<Value>>(text, options)
         .map(Option::unwrap_or_default)
         .map_err(|problem| problem.to_string())
@@ -257,7 +306,9 @@ fn yaml(documents: &[Document<'_>]) -> Result<String, Error> {
             texts.push(format!("{}\n", document.text.trim_start_matches(['\r', '\n']).trim_end()));
         }
     }
-    Ok(texts.join("---\n"))
+    // A stream that begins with JSON is taken for JSON alone by some.
+    let begin = if texts.len() > 1 && texts[0].trim_start().starts_with('{') { "---\n" } else { "" };
+    Ok(format!("{begin}{}", texts.join("---\n")))
 }
 
 fn json_text(value: &Value) -> String {

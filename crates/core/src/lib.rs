@@ -30,6 +30,7 @@ pub mod recovery;
 pub mod restore_point;
 pub mod retention;
 pub mod schedule;
+pub mod server_config;
 pub mod settings;
 pub mod snapshot;
 pub mod sql;

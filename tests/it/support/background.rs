@@ -15,6 +15,11 @@ impl Background {
     pub fn start(command: &mut Command) -> Background {
         Background(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
     }
+
+    /// One that runs already.
+    pub fn of(child: Child) -> Background {
+        Background(child)
+    }
 }
 
 impl Deref for Background {

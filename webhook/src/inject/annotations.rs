@@ -11,13 +11,18 @@ use pgsidecar_core::{
 };
 use serde_json::Value;
 
-use super::{Mode, Rejection, resources};
+use super::{Mode, Rejection, reference, resources};
 
 /// What all of them begin with.
 const PREFIX: &str = "pgsidecar.dev/";
 
 /// The longest grace period: a day.
 const LONGEST_GRACE_SECONDS: u64 = 86_400;
+
+/// The longest value of an annotation of ours, in bytes.
+const LONGEST_VALUE: usize = 8 << 10;
+/// So many problems are told at once.
+const MOST_PROBLEMS: usize = 50;
 
 /// What was asked for, checked.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -98,10 +103,19 @@ impl Wishes {
         let annotations = pod.get("metadata").and_then(|metadata| metadata.get("annotations"));
         for (key, value) in annotations.and_then(Value::as_object).into_iter().flatten() {
             let Some(name) = key.strip_prefix(PREFIX) else { continue };
+            if problems.len() >= MOST_PROBLEMS {
+                problems.push("and so on".to_owned());
+                break;
+            }
+            let key = short(key);
             let Some(value) = value.as_str() else {
                 problems.push(format!("{key}: its value is not a text"));
                 continue;
             };
+            if value.len() > LONGEST_VALUE {
+                problems.push(format!("{key}: its value is longer than {} KiB", LONGEST_VALUE >> 10));
+                continue;
+            }
             if let Err(problem) = wishes.take(name, value) {
                 problems.push(format!("{key}: {problem}"));
             }
@@ -213,10 +227,7 @@ fn dns_name(value: &str, longest: usize) -> Result<String, String> {
 }
 
 fn image(value: &str) -> Result<String, String> {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-/:@".contains(&b);
-    let fits = (1..=512).contains(&value.len()) && value.bytes().all(plain);
-    let bounded = value.starts_with(|c: char| c.is_ascii_alphanumeric()) && !value.ends_with(['/', ':', '@']);
-    (fits && bounded).then(|| value.to_owned()).ok_or_else(|| format!("{:?} is not an image", short(value)))
+    reference::is_image(value).then(|| value.to_owned()).ok_or_else(|| format!("{:?} is not an image", short(value)))
 }
 
 /// An absolute path of which each part means itself.
@@ -249,7 +260,7 @@ mod tests {
             "pgsidecar.dev/dump-schedule": "0 3 * * *",
             "pgsidecar.dev/fs-group": "skip",
             "pgsidecar.dev/grace-seconds": "600",
-            "pgsidecar.dev/image": "registry.example.com:5000/pgsidecar:1@sha256:00",
+            "pgsidecar.dev/image": format!("registry.example.com:5000/pgsidecar:1@sha256:{}", "0".repeat(64)),
             "pgsidecar.dev/incremental-schedule": "0 * * * *",
             "pgsidecar.dev/mode": "classic",
             "pgsidecar.dev/on-empty": "restore",
@@ -302,6 +313,16 @@ mod tests {
         }
         let problems = read(wrong).unwrap_err();
         insta::assert_snapshot!(problems.replace("; pgsidecar.dev", "\npgsidecar.dev"));
+    }
+
+    #[test]
+    fn very_many_or_very_long_ones_are_told_in_short() {
+        let many: serde_json::Map<String, Value> =
+            (0..10_000).map(|index| (format!("{PREFIX}x{index}{}", "x".repeat(200)), json!("x"))).collect();
+        let problems = read(Value::Object(many)).unwrap_err();
+        assert!(problems.len() < 10_000 && problems.ends_with("; and so on"), "{problems}");
+        let problems = read(json!({"pgsidecar.dev/schedule": "0 ".repeat(500_000)})).unwrap_err();
+        assert_eq!(problems, "pgsidecar.dev/schedule: its value is longer than 8 KiB");
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod images;
 mod network;
 mod patch;
 mod pgdata;
+mod reference;
 mod resources;
 mod server;
 mod sidecar;
@@ -36,6 +37,12 @@ pub const STATUS: &str = "pgsidecar.dev/status";
 const GRACE_SECONDS: u64 = 180;
 /// What the API asks of each warning's length, in characters.
 const LONGEST_WARNING: usize = 120;
+/// How long the first part of a rejection is at most, in characters.
+const LONGEST_PROBLEM: usize = 16_000;
+/// So many containers are named.
+const MOST_WARNINGS_OF_ORDER: usize = 5;
+/// What the cluster autoscaler may lose with a pod that it moves: without it, an emptyDir keeps a node alive.
+const EVICTABLE_VOLUMES: &str = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes";
 /// What `kubectl logs` and `kubectl exec` take if nothing is said.
 const DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
 /// The versions of PostgreSQL that pgsidecar knows.
@@ -106,24 +113,45 @@ pub struct Rejection {
 
 impl Rejection {
     fn new(problem: impl Into<String>, remedy: impl Into<String>) -> Rejection {
-        Rejection { problem: problem.into(), remedy: remedy.into() }
+        let (mut problem, remedy) = (problem.into(), remedy.into());
+        // It may quote what is in the pod, which may be a megabyte.
+        if let Some((end, _)) = problem.char_indices().nth(LONGEST_PROBLEM) {
+            problem.truncate(end);
+            problem.push('…');
+        }
+        Rejection { problem, remedy }
     }
 }
 
-/// Whether the pod asks for it: its label [`LABEL`] is `true`.
+/// Whether the pod has the label [`LABEL`] with anything but `false` (or null). [`inject`] refuses what isn't `true`.
 pub fn is_labelled(pod: &Value) -> bool {
-    let labels = pod.get("metadata").and_then(|metadata| metadata.get("labels"));
-    labels.and_then(|labels| labels.get(LABEL)) == Some(&json!("true"))
+    !matches!(label(pod), None | Some(Value::Null)) && label(pod) != Some(&json!("false"))
+}
+
+fn label(pod: &Value) -> Option<&Value> {
+    pod.get("metadata")?.get("labels")?.get(LABEL)
+}
+
+/// Somebody who writes `True` or `yes` wants backups: passing that over would be noticed when they are needed.
+fn check_label(label: &Value) -> Result<(), Rejection> {
+    let problem = match label {
+        Value::String(text) if text == "true" => return Ok(()),
+        Value::String(text) => {
+            format!("the label {LABEL} is {:?}, neither true nor false", text.chars().take(80).collect::<String>())
+        }
+        Value::Bool(value) => format!("the label {LABEL} is the boolean {value}, and labels are texts"),
+        _ => format!("the label {LABEL} is not a text"),
+    };
+    Err(Rejection::new(problem, format!("Quote it: {LABEL}: \"true\". Or \"false\" if nothing is to be injected.")))
 }
 
 /// What has to be added to `pod`, which is or will be in `namespace`. Nothing, if it isn't labelled.
 ///
 /// # Errors
-/// If the pod can't be backed up as it is, with what to change.
+/// If the label is neither `true` nor `false`, or the pod can't be backed up as it is, with what to change.
 pub fn inject(pod: &Value, namespace: &str, settings: &Settings) -> Result<Injection, Rejection> {
-    if !is_labelled(pod) {
-        return Ok(Injection::default());
-    }
+    let Some(label) = label(pod).filter(|_| is_labelled(pod)) else { return Ok(Injection::default()) };
+    check_label(label)?;
     view::check_shape(pod)?;
     let wishes = Wishes::read(pod)?;
     check_pod(pod)?;
@@ -252,8 +280,11 @@ impl<'a> Plan<'a> {
     }
 
     fn apply(&self, pod: &Value, warnings: &mut Vec<String>) -> Result<Vec<Operation>, Rejection> {
-        let mut patch = Patch::new(pod);
         let container = &containers(pod)[self.index];
+        // First, as it may be too large, and the patch copies the pod.
+        let environment = environment::compose(container, &self.pgdata, self.wishes, self.config_secret)?;
+        volumes::check_sub_paths(container, &environment.env)?;
+        let mut patch = Patch::new(pod);
         if self.ephemeral {
             warnings
                 .push(format!("the data are lost with the pod: PGDATA isn't on a persistent volume ({})", self.pgdata));
@@ -270,12 +301,17 @@ impl<'a> Plan<'a> {
         self.add_grace(&mut patch);
         self.add_to_postgres(&mut patch, container);
 
-        let environment = environment::compose(container, &self.pgdata, self.wishes, self.config_secret);
-        volumes::check_sub_paths(container, &environment.env)?;
         for name in &environment.secrets {
             warnings
                 .push(format!("{name} has its value in the pod itself and isn't copied to pgsidecar: use a Secret"));
         }
+        if environment.has_static_keys {
+            warnings.push(format!(
+                "AWS keys of PostgreSQL's container aren't copied: pgsidecar's are those of the Secret {}",
+                self.config_secret
+            ));
+        }
+        self.warn_of_order(pod, container, warnings);
         let (mounts, left_out) = volumes::mounts(container);
         for path in left_out {
             warnings
@@ -297,6 +333,24 @@ impl<'a> Plan<'a> {
         self.add_containers(&mut patch, &common);
         self.annotate(&mut patch);
         Ok(patch.into_operations())
+    }
+
+    /// What comes at the wrong time.
+    fn warn_of_order(&self, pod: &Value, container: &Value, warnings: &mut Vec<String>) {
+        let has = |probe: &str| container.get(probe).is_some_and(|probe| !probe.is_null());
+        if self.wishes.restores().is_some() && has("livenessProbe") && !has("startupProbe") {
+            warnings.push(
+                "livenessProbe without startupProbe: it may kill PostgreSQL while it replays WAL; add a startupProbe"
+                    .into(),
+            );
+        }
+        let init = init_containers(pod);
+        let behind = position(init, PREPARE).map_or(&[][..], |prepare| &init[prepare + 1..]);
+        let behind = behind.iter().filter_map(|container| text(container, "name")).filter(|name| *name != SIDECAR);
+        for name in behind.take(MOST_WARNINGS_OF_ORDER) {
+            warnings
+                .push(format!("it starts after pgsidecar-prepare, which gets nothing from it: init container {name}"));
+        }
     }
 
     /// Our containers aren't root, and a volume that belongs to root takes nothing from others.
@@ -358,6 +412,10 @@ impl<'a> Plan<'a> {
         let mut annotations = Map::new();
         if self.mode == Mode::Classic && !has_annotation(patch.pod(), DEFAULT_CONTAINER) {
             annotations.insert(DEFAULT_CONTAINER.into(), json!(self.name));
+        }
+        if !has_annotation(patch.pod(), EVICTABLE_VOLUMES) {
+            let ours = format!("{},{}", volumes::SPOOL_VOLUME, volumes::HELPER_VOLUME);
+            annotations.insert(EVICTABLE_VOLUMES.into(), json!(ours));
         }
         if !has_annotation(patch.pod(), STATUS) {
             // Written by hand: the order of the members is promised.

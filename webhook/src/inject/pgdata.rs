@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::{
     Rejection,
     annotations::{Wishes, absolute},
+    environment::DEFAULT_PGDATA,
     images::{self, Image},
     view::{items, named, plain_variable, text},
     volumes::{hides_programs, is_same, is_within, parts},
@@ -34,7 +35,7 @@ pub(super) fn find(
         (None, None) => image.and_then(|image| image.pgdata.clone()),
     };
     // Ours take the default only where there's no PGDATA.
-    let names = if variable.is_some() { &["PGDATA"][..] } else { &["PGDATA", "PGSIDECAR_DEFAULT_PGDATA"] };
+    let names = if variable.is_some() { &["PGDATA"][..] } else { &["PGDATA", DEFAULT_PGDATA] };
     let before = ours.and_then(|ours| names.iter().find_map(|name| plain_variable(ours, name)));
     match (pgdata, before) {
         (Some(pgdata), Some(before)) if !is_same(&pgdata, before) => Err(Rejection::new(

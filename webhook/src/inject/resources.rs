@@ -4,6 +4,9 @@ use serde_json::{Value, json};
 
 use super::view::{containers, init_containers};
 
+/// What the annotation may name.
+const NAMES: [&str; 3] = ["cpu", "memory", "ephemeral-storage"];
+
 /// What ours get, and whether the pod keeps its class.
 pub(super) struct Resources {
     /// A `ResourceRequirements`; `None` if the pod's own are for all of its containers.
@@ -26,7 +29,11 @@ pub(super) fn choose(pod: &Value, wanted: Option<&Value>) -> Resources {
         let both = json!({"cpu": "500m", "memory": "256Mi"});
         json!({"limits": both, "requests": both})
     } else {
-        json!({"limits": {"memory": "256Mi"}, "requests": {"cpu": "100m", "memory": "64Mi"}})
+        let mut limits = json!({"memory": "256Mi"});
+        if all_limit_cpu(pod) {
+            limits["cpu"] = json!("2");
+        }
+        json!({"limits": limits, "requests": {"cpu": "100m", "memory": "64Mi"}})
     };
     Resources { requirements: Some(requirements), loses_guaranteed: false }
 }
@@ -40,13 +47,16 @@ pub(super) fn parse(text: &str) -> Result<Value, String> {
             return Err(format!("{name:?} is neither limits nor requests"));
         }
         for (resource, amount) in amounts.as_object().ok_or(expected)? {
+            if !NAMES.contains(&resource.as_str()) {
+                return Err(format!("{name}.{resource:?}: only {} are of use to pgsidecar", NAMES.join(", ")));
+            }
             if quantity(amount).is_none() {
                 return Err(format!("{name}.{resource}: {amount} is not a quantity like 100m or 256Mi"));
             }
         }
     }
     let amount = |name: &str, resource: &str| value.get(name)?.get(resource).and_then(quantity);
-    for resource in ["cpu", "memory"] {
+    for resource in NAMES {
         if let (Some(request), Some(limit)) = (amount("requests", resource), amount("limits", resource))
             && request > limit
         {
@@ -54,6 +64,13 @@ pub(super) fn parse(text: &str) -> Result<Value, String> {
         }
     }
     Ok(value)
+}
+
+/// Whether each container has a limit of CPU: a quota may demand it, which would refuse the pod for ours.
+fn all_limit_cpu(pod: &Value) -> bool {
+    let limit = |container: &Value| container.pointer("/resources/limits/cpu").and_then(quantity);
+    let all = || containers(pod).iter().chain(init_containers(pod));
+    all().next().is_some() && all().all(|container| limit(container).is_some())
 }
 
 /// Whether the pod's class is Guaranteed, by its containers.
@@ -157,7 +174,21 @@ mod tests {
     }
 
     #[test]
+    fn where_all_have_a_limit_of_cpu_ours_have_one_too() {
+        let limited = json!({"resources": {"limits": {"cpu": "1"}, "requests": {"cpu": "100m"}}});
+        let limits = |containers: &[&Value], init: &[&Value]| {
+            let pod = json!({"spec": {"containers": containers, "initContainers": init}});
+            choose(&pod, None).requirements.unwrap()["limits"].clone()
+        };
+        assert_eq!(limits(&[&limited], &[&limited]), json!({"cpu": "2", "memory": "256Mi"}));
+        assert_eq!(limits(&[&limited, &json!({})], &[]), json!({"memory": "256Mi"}));
+        assert_eq!(limits(&[&limited], &[&json!({})]), json!({"memory": "256Mi"}));
+        assert_eq!(limits(&[], &[]), json!({"memory": "256Mi"}));
+    }
+
+    #[test]
     fn the_annotation_is_checked() {
+        assert!(parse(r#"{"limits": {"ephemeral-storage": "2Gi"}, "requests": {"ephemeral-storage": "1Gi"}}"#).is_ok());
         assert!(parse(r#"{"limits": {"cpu": 1, "memory": "1Gi"}}"#).is_ok());
         for odd in [
             "1",
@@ -166,6 +197,9 @@ mod tests {
             r#"{"limits": 1}"#,
             r#"{"limits": {"cpu": "much"}}"#,
             r#"{"limits": {"cpu": "1"}, "requests": {"cpu": "2"}}"#,
+            r#"{"limits": {"ephemeral-storage": "1Gi"}, "requests": {"ephemeral-storage": "2Gi"}}"#,
+            r#"{"limits": {"nvidia.com/gpu": "1"}}"#,
+            r#"{"requests": {"CPU": "1"}}"#,
         ] {
             assert!(parse(odd).is_err(), "{odd}");
         }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{
     Mode,
-    environment::Environment,
+    environment::{DEFAULT_PGDATA, Environment},
     patch::Patch,
     user::{Identity, security_context},
     view::{items, text},
@@ -72,7 +72,9 @@ pub(super) fn reconcile(patch: &mut Patch, path: &[&str], wanted: &Value) {
         items(container, "env").iter().filter_map(|entry| text(entry, "name")).map(str::to_owned).collect()
     };
     let has = names(&there);
-    let env = items(wanted, "env").iter().filter(|entry| !has.contains(text(entry, "name").unwrap_or("")));
+    // Where PGDATA is set its default says nothing.
+    let is_there = |name: &str| has.contains(name) || (name == DEFAULT_PGDATA && has.contains("PGDATA"));
+    let env = items(wanted, "env").iter().filter(|entry| !is_there(text(entry, "name").unwrap_or("")));
     patch.append(&[path, &["env"]].concat(), env.cloned().collect());
 
     let place = |mount: &Value| parts(text(mount, "mountPath").unwrap_or("")).join("/");

@@ -4,6 +4,20 @@ use serde_json::Value;
 
 use super::Rejection;
 
+/// How many elements a list may have. Pods have fewer; each costs time and memory, and what PostgreSQL's container has is
+/// written twice more.
+const MOST: [(&str, usize); 9] = [
+    ("containers", 200),
+    ("initContainers", 200),
+    ("volumes", 1_000),
+    ("args", 1_000),
+    ("command", 1_000),
+    ("env", 1_000),
+    ("envFrom", 200),
+    ("ports", 500),
+    ("volumeMounts", 500),
+];
+
 /// The member that is a text.
 pub(super) fn text<'a>(value: &'a Value, name: &str) -> Option<&'a str> {
     value.get(name)?.as_str()
@@ -112,7 +126,12 @@ fn object(parent: &Value, name: &str, prefix: &str) -> Result<(), Rejection> {
 }
 
 fn list(parent: &Value, name: &str, prefix: &str) -> Result<(), Rejection> {
+    let most = MOST.iter().find(|(list, _)| *list == name).map_or(usize::MAX, |(_, most)| *most);
     match parent.get(name) {
+        Some(Value::Array(elements)) if elements.len() > most => Err(Rejection::new(
+            format!("{prefix}{name} has {} elements, more than {most}", elements.len()),
+            "pgsidecar takes no pod that is so large: take the label pgsidecar.dev/inject out of its template, or make it smaller.",
+        )),
         None | Some(Value::Null | Value::Array(_)) => Ok(()),
         Some(_) => Err(odd(&format!("{prefix}{name}"), "a list")),
     }

@@ -13,7 +13,7 @@ use hyper::{
     header::{self, HeaderValue},
 };
 use serde_json::Value;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::App;
 use crate::{
@@ -28,26 +28,61 @@ pub type Injector = Arc<dyn Fn(&Value, &str) -> Result<Injection, Rejection> + S
 /// A larger body is refused. The API server takes objects of 3 MiB, and JSON may be longer than what it stores.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
 /// Bytes of all bodies that are held at a time; further requests wait.
-const MAX_BODIES_KIB: u32 = 16 << 10;
+const MAX_BODIES_KIB: u32 = 12 << 10;
 /// From a request's head to its answer. The API server waits for 5 s (`timeoutSeconds`), and should get a reason.
 const TIME_LIMIT: Duration = Duration::from_secs(4);
 /// What a body of unknown length is read into at first.
 const FIRST_CAPACITY: usize = 16 << 10;
 
-/// The bytes that bodies may take.
-pub struct Room(Semaphore);
+/// Answers that are computed at a time. One takes milliseconds, and the memory of what it holds in all its forms.
+const COMPUTED_AT_A_TIME: usize = 1;
+
+/// The bytes that bodies may take, and the turns at computing answers.
+pub struct Room {
+    bytes: Arc<Semaphore>,
+    turns: Arc<Semaphore>,
+}
 
 impl Default for Room {
     fn default() -> Room {
-        Room(Semaphore::new(MAX_BODIES_KIB as usize))
+        Room {
+            bytes: Arc::new(Semaphore::new(MAX_BODIES_KIB as usize)),
+            turns: Arc::new(Semaphore::new(COMPUTED_AT_A_TIME)),
+        }
     }
 }
 
 impl Room {
     /// Waits for as much room as a body may take.
-    async fn for_body(&self, most: usize) -> Option<SemaphorePermit<'_>> {
+    async fn for_body(&self, most: usize) -> Option<OwnedSemaphorePermit> {
         let kib = u32::try_from(most.div_ceil(1024)).unwrap_or(MAX_BODIES_KIB).max(1);
-        self.0.acquire_many(kib).await.ok()
+        self.bytes.clone().acquire_many_owned(kib).await.ok()
+    }
+
+    /// Computes an answer in another thread, so that connections and probes are served meanwhile and the time limit holds.
+    /// What has been begun goes on when nobody waits any more; its turn and its body's room end with it.
+    async fn compute(
+        &self,
+        body: BytesMut,
+        held: Option<OwnedSemaphorePermit>,
+        injector: Injector,
+    ) -> Result<review::Answer, Refused> {
+        let turn = self.turns.clone().acquire_owned().await.ok();
+        let computed = tokio::task::spawn_blocking(move || {
+            let answer = review::answer(&body, |pod, namespace| injector(pod, namespace));
+            drop((body, held, turn));
+            answer
+        });
+        let failed =
+            |error| Refused::new(StatusCode::INTERNAL_SERVER_ERROR, format!("no answer was computed: {error}"));
+        computed.await.map_err(failed)?.map_err(|bad| {
+            let status = match bad {
+                review::BadReview::TooManyValues => StatusCode::PAYLOAD_TOO_LARGE,
+                review::BadReview::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
+                _ => StatusCode::BAD_REQUEST,
+            };
+            Refused::new(status, bad.to_string())
+        })
     }
 }
 
@@ -73,7 +108,7 @@ pub async fn handle(app: &App, room: &Room, request: Request<Incoming>) -> Respo
         Ok(answered) => answered,
         Err(_) => Err(Refused::new(
             StatusCode::REQUEST_TIMEOUT,
-            "it took too long: the body didn't come, or there was no room for it",
+            "it took too long: the body didn't come, or there was no room for it, or others were computed",
         )),
     };
     match answered {
@@ -121,17 +156,10 @@ async fn inject(app: &App, room: &Room, request: Request<Incoming>) -> Result<re
         Some(Ok(length)) if length <= MAX_BODY_BYTES => length,
         Some(_) => return Err(too_large()),
     };
-    let _room = room.for_body(most).await;
+    let held = room.for_body(most).await;
     let capacity = if announced.is_some() { most } else { FIRST_CAPACITY };
     let bytes = read(body, most, capacity).await?.ok_or_else(too_large)?;
-    review::answer(&bytes, |pod, namespace| (app.injector)(pod, namespace)).map_err(|bad| {
-        let status = match bad {
-            review::BadReview::TooManyValues => StatusCode::PAYLOAD_TOO_LARGE,
-            review::BadReview::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
-            _ => StatusCode::BAD_REQUEST,
-        };
-        Refused::new(status, bad.to_string())
-    })
+    room.compute(bytes, held, app.injector.clone()).await
 }
 
 /// The body, unless it has more bytes than that.

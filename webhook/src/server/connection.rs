@@ -35,7 +35,7 @@ use super::{App, admission, health};
 use crate::certificates::provider;
 
 /// Connections at a time; further ones wait to be accepted. An API server has one or two.
-const MAX_CONNECTIONS: usize = 128;
+const MAX_CONNECTIONS: usize = 64;
 const MAX_HEALTH_CONNECTIONS: usize = 16;
 /// For a TLS handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
@@ -48,9 +48,10 @@ const IDLE_LIMIT: Duration = Duration::from_secs(150);
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 /// Bytes that HTTP/1 buffers, its head included.
 const BUFFER_BYTES: usize = 64 << 10;
-/// Bytes that HTTP/2 takes before they are read, for a stream and for a connection.
-const STREAM_WINDOW: u32 = 64 << 10;
-const CONNECTION_WINDOW: u32 = 128 << 10;
+/// Bytes that HTTP/2 takes before they are read, for a stream and for a connection: a large body comes in as many round
+/// trips as it has of these.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 256 << 10;
 const MAX_STREAMS: u32 = 100;
 
 /// TLS as it's served. Sessions aren't resumed: the API server doesn't, and they would outlive a certificate.

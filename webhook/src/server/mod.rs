@@ -1,7 +1,7 @@
 //! The server: TLS for the API server at one port, probes and metrics in plain HTTP at another.
 //!
-//! One thread does it all. A request is parsing and writing JSON, a millisecond at most, and with one thread memory
-//! is one arena and one stack. Whoever reaches the port can send what they like (the API server shows no certificate),
+//! One thread serves, and one more computes answers, one at a time: parsing and writing JSON takes a millisecond, but a
+//! pod may be large, and probes are answered meanwhile. Memory is that of one answer. Whoever reaches the port can send what they like (the API server shows no certificate),
 //! so connections, bytes in bodies and every wait are bounded: see [`admission`] and [`connection`].
 //!
 //! On SIGTERM or SIGINT `/readyz` turns first and requests are served on for a while, because endpoints notice late;
@@ -37,6 +37,9 @@ use admission::Injector;
 /// How long requests are served after `/readyz` has turned; at most half of the drain timeout.
 const NOTICE: Duration = Duration::from_secs(5);
 
+/// Threads beside the one that serves: for answers, and for what the system does only while one waits (names).
+const MAX_BLOCKING_THREADS: usize = 2;
+
 /// What all connections share.
 pub struct App {
     /// The certificate.
@@ -57,7 +60,11 @@ pub struct Listeners {
 
 /// Serves until a signal comes. The program's `serve`.
 pub fn run(settings: &Serve, injection: inject::Settings) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => return failed("starting", &error),
     };

@@ -4,6 +4,7 @@
 
 mod golden;
 mod invariants;
+mod large;
 mod offline;
 mod property;
 mod reinvocation;

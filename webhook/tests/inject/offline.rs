@@ -145,6 +145,51 @@ fn a_label_in_the_wrong_place_is_told() {
     );
 }
 
+#[test]
+fn a_label_that_is_no_text_is_refused_with_what_to_write() {
+    let input = STATEFULSET.replace(r#"pgsidecar.dev/inject: "true""#, "pgsidecar.dev/inject: true");
+    let error = run(&input, Format::Yaml, "default", &settings()).unwrap_err().to_string();
+    assert!(error.contains("is the boolean true") && error.contains("Quote it"), "{error}");
+}
+
+#[test]
+fn a_labelled_template_in_a_kind_that_is_not_known_is_told() {
+    let input = STATEFULSET.replace("kind: StatefulSet", "kind: Rollout");
+    let (text, warnings) = offline(&input, Format::Yaml);
+    assert_eq!(text, input);
+    assert_eq!(
+        warnings,
+        ["Rollout shop/db: it has a labelled pod template, but Rollout isn't known here: nothing is injected"]
+    );
+    // The label of the object alone, which some tools put everywhere, says nothing.
+    let service = "kind: Service\nmetadata: {name: db, labels: {pgsidecar.dev/inject: \"true\"}}\nspec: {ports: []}\n";
+    assert_eq!(offline(service, Format::Yaml).1, [] as [&str; 0]);
+}
+
+#[test]
+fn json_objects_one_after_the_other_are_read_as_kubectl_reads_them() {
+    let (json, _) = offline(STATEFULSET, Format::Json);
+    let original: Value = serde_saphyr::from_str(STATEFULSET).unwrap();
+    let plain = r#"{"kind": "ConfigMap",   "a": 1}"#;
+    let (text, _) = offline(&format!("{plain}\n{original}{plain}"), Format::Json);
+    let list: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(list["items"].as_array().unwrap().len(), 3);
+    assert_eq!(list["items"][1], serde_json::from_str::<Value>(&json).unwrap());
+    let (text, _) = offline(&format!("{plain}\n{original}"), Format::Yaml);
+    assert!(text.starts_with(&format!("---\n{plain}\n---\napiVersion: apps/v1\n")), "{text}");
+    // Unchanged, it stays as it is; and what only begins like JSON is YAML.
+    for input in [format!("{plain}{plain}"), "{kind: ConfigMap}\n".to_owned()] {
+        assert_eq!(offline(&input, Format::Yaml).0, input);
+    }
+}
+
+#[test]
+fn a_large_document_is_no_hindrance() {
+    let large = format!("kind: ConfigMap\ndata:\n{}", "  - {a: 1}\n".repeat(100_000));
+    let (text, _) = offline(&format!("{large}---\n{STATEFULSET}"), Format::Yaml);
+    assert!(text.starts_with(&large) && text.contains("pgsidecar-prepare"));
+}
+
 /// `kubectl` reads YAML 1.1: what it would take for another type has to be quoted.
 #[test]
 fn what_is_read_as_kubernetes_reads_it_is_written_so_that_it_stays_what_it_is() {

@@ -111,12 +111,60 @@ fn what_somebody_took_away_is_added_again() {
 }
 
 #[test]
+fn an_init_container_that_came_behind_ours_is_told() {
+    let mut pod = injected(&pod("native"));
+    assert!(!inject(&pod, "shop", &settings()).unwrap().warnings.concat().contains("vault-agent-init"));
+    push(&mut pod["spec"]["initContainers"], &json!({"name": "vault-agent-init", "image": "vault"}));
+    let injection = inject(&pod, "shop", &settings()).unwrap();
+    let told = "it starts after pgsidecar-prepare, which gets nothing from it: init container vault-agent-init";
+    assert!(injection.warnings.iter().any(|warning| warning == told), "{:?}", injection.warnings);
+    assert_eq!(injection.patch, []);
+}
+
+#[test]
+fn a_probe_that_would_kill_a_restore_is_told() {
+    let warned = |probes: Value, annotations: Value| {
+        let mut pod = pod("native");
+        pod["metadata"]["annotations"] = annotations;
+        for (name, probe) in probes.as_object().unwrap() {
+            pod["spec"]["containers"][0][name] = probe.clone();
+        }
+        let warnings = inject(&pod, "shop", &settings()).unwrap().warnings;
+        warnings.iter().any(|warning| warning.contains("add a startupProbe"))
+    };
+    let heals = json!({"pgsidecar.dev/on-empty": "restore"});
+    let probe = json!({"exec": {"command": ["pg_isready"]}});
+    assert!(warned(json!({"livenessProbe": probe}), heals.clone()));
+    assert!(warned(json!({"livenessProbe": probe, "startupProbe": null}), heals.clone()));
+    assert!(!warned(json!({"livenessProbe": probe, "startupProbe": probe}), heals.clone()));
+    assert!(!warned(json!({"livenessProbe": probe}), json!({})));
+    assert!(!warned(json!({}), heals));
+}
+
+#[test]
+fn the_autoscaler_is_told_what_may_be_lost_unless_it_was_told_something() {
+    const KEY: &str = "cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes";
+    let mut pod = pod("native");
+    assert_eq!(injected(&pod)["metadata"]["annotations"][KEY], "pgsidecar-spool,pgsidecar-run");
+    pod["metadata"]["annotations"][KEY] = json!("cache");
+    assert_eq!(injected(&pod)["metadata"]["annotations"][KEY], "cache");
+}
+
+#[test]
 fn a_dry_run_is_answered_alike_and_the_label_alone_decides() {
     let labelled = pod("auto");
     assert_eq!(inject(&labelled, "shop", &settings()), inject(&labelled, "shop", &settings()));
-    for label in [json!("false"), json!("yes"), json!(true), Value::Null] {
+    let with = |label: Value| {
         let mut pod = labelled.clone();
         pod["metadata"]["labels"]["pgsidecar.dev/inject"] = label;
-        assert_eq!(added(&pod, &settings()), []);
+        pod
+    };
+    for label in [json!("false"), Value::Null] {
+        assert_eq!(added(&with(label), &settings()), []);
+    }
+    for label in [json!(true), json!(false), json!("True"), json!("yes"), json!(""), json!(1)] {
+        let rejection = inject(&with(label.clone()), "shop", &settings()).unwrap_err();
+        assert!(rejection.problem.starts_with("the label pgsidecar.dev/inject is"), "{label}: {rejection}");
+        assert!(rejection.remedy.contains("Quote it: pgsidecar.dev/inject: \"true\""), "{label}: {rejection}");
     }
 }

@@ -15,7 +15,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use crate::support::{
-    NAME, Server,
+    NAME, SLOW, Server,
     client::{self, Connection, post},
     pki::Ca,
     review, until,
@@ -76,11 +76,30 @@ async fn only_posts_of_json_to_inject_are_answered() {
 }
 
 #[tokio::test]
+async fn while_an_answer_is_computed_others_are_served_and_the_time_limit_holds() {
+    let (server, tls) = served().await;
+    let mut slow = review("slow");
+    slow["request"]["namespace"] = json!(SLOW);
+    let mut connection = Connection::open(server.address, &tls).await.unwrap();
+    let began = Instant::now();
+    let asked = tokio::spawn(async move { connection.send(post(slow.to_string())).await.unwrap().0 });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(server.probe("/healthz").await.0, 200);
+    let mut other = Connection::open(server.address, &tls).await.unwrap();
+    assert_eq!(other.send(request("GET", "/inject", "", "")).await.unwrap().0, 405);
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert_eq!(asked.await.unwrap(), 408);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    // What is computed goes on, and then there's a turn again.
+    assert_eq!(other.review(&review("next")).await.unwrap()["response"]["uid"], "next");
+}
+
+#[tokio::test]
 async fn a_body_of_megabytes_is_read_and_one_that_is_too_large_refused() {
     for alpn in ["h2", "http/1.1"] {
         let (server, tls) = served_by(&[alpn]).await;
         let mut large = review("large");
-        large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(5 << 20)});
+        large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(3 << 20)});
         let mut connection = Connection::open(server.address, &tls).await.unwrap();
         assert_eq!(connection.review(&large).await.unwrap()["response"]["uid"], "large");
         large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(9 << 20)});

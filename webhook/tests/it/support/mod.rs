@@ -29,6 +29,9 @@ pub fn fast_clock(factor: i32, ahead: i64) -> Clock {
     })
 }
 
+/// A namespace for whose pods the injector takes longer than the time limit.
+pub const SLOW: &str = "slow";
+
 /// A server whose injector adds one annotation.
 pub struct Server {
     pub address: SocketAddr,
@@ -43,6 +46,9 @@ impl Server {
         let metrics = Arc::new(Metrics::default());
         let certificates = Arc::new(Certificates::new(clock, metrics.clone()));
         let injector = Arc::new(|_: &Value, namespace: &str| {
+            if namespace == SLOW {
+                std::thread::sleep(Duration::from_secs(6));
+            }
             let value = json!({ "namespace": namespace });
             let patch = vec![Operation::Add { path: "/metadata/annotations".to_owned(), value }];
             Ok(Injection { patch, ..Injection::default() })
