@@ -36,7 +36,7 @@ const DEBIAN: (u32, u32) = (999, 999);
 const ALPINE: (u32, u32) = (70, 70);
 const POSTGRES: Start = Start::Entrypoint(&["postgres"]);
 /// The official image's `VOLUME`: the first from version 18 on, the second before.
-const VOLUMES: &[&str] = &["/var/lib/postgresql", "/var/lib/postgresql/data"];
+pub(super) const VOLUMES: &[&str] = &["/var/lib/postgresql", "/var/lib/postgresql/data"];
 
 /// What is known of an image by its name; `None` if nothing is.
 pub(super) fn look_up(image: &str) -> Option<Image> {

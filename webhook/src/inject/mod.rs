@@ -8,6 +8,7 @@ mod annotations;
 mod command;
 mod container;
 mod environment;
+mod fitness;
 mod images;
 mod network;
 mod patch;
@@ -154,7 +155,7 @@ pub fn inject(pod: &Value, namespace: &str, settings: &Settings) -> Result<Injec
     check_label(label)?;
     view::check_shape(pod)?;
     let wishes = Wishes::read(pod)?;
-    check_pod(pod)?;
+    fitness::check(pod)?;
     let plan = Plan::make(pod, &wishes, settings)?;
     let mut warnings = Vec::new();
     let patch = plan.apply(pod, &mut warnings)?;
@@ -172,57 +173,9 @@ pub fn inject(pod: &Value, namespace: &str, settings: &Settings) -> Result<Injec
     Ok(Injection { patch, warnings, audit })
 }
 
+/// The pod's grace period, in seconds.
 fn grace_of(pod: &Value) -> Option<u64> {
     pod.pointer("/spec/terminationGracePeriodSeconds").and_then(Value::as_u64)
-}
-
-/// What has nothing to do with PostgreSQL's container.
-fn check_pod(pod: &Value) -> Result<(), Rejection> {
-    let system = pod.get("spec").and_then(|spec| text(spec.get("os")?, "name"));
-    if system.is_some_and(|system| system.eq_ignore_ascii_case("windows")) {
-        return Err(Rejection::new(
-            "the pod is for Windows",
-            "Take the label pgsidecar.dev/inject out of its template.",
-        ));
-    }
-    let shares = ["shareProcessNamespace", "hostPID"];
-    let shared = |field: &&str| pod.get("spec").and_then(|spec| spec.get(field)) == Some(&json!(true));
-    if let Some(field) = shares.iter().find(|field| shared(field)) {
-        return Err(Rejection::new(
-            format!("the pod's containers see each other's processes ({field})"),
-            format!(
-                "Take {field} out of the pod template, or the label pgsidecar.dev/inject: both run as one user, so that whoever may run programs in PostgreSQL could read the store's keys there."
-            ),
-        ));
-    }
-    network::check_ports(pod)?;
-    if has_annotation(pod, STATUS) {
-        return container::Status::read(pod).map(drop).ok_or_else(|| {
-            Rejection::new(
-                format!("the annotation {STATUS} isn't what pgsidecar writes there, or its container is gone"),
-                "Take it out of the pod template: it's pgsidecar's own note.",
-            )
-        });
-    }
-    let ours = |list: &[Value]| [SIDECAR, PREPARE].into_iter().find(|name| position(list, name).is_some());
-    match ours(containers(pod)).or_else(|| ours(init_containers(pod))) {
-        None => Ok(()),
-        Some(name) => Err(Rejection::new(
-            format!("the pod has a container {name:?} that wasn't injected"),
-            "If it's written by hand, take the label pgsidecar.dev/inject out of the pod template; otherwise give it another name.",
-        )),
-    }
-}
-
-/// A sidecar among the containers that isn't started again, and that doesn't end by itself.
-fn check_restart_policy(pod: &Value) -> Result<(), Rejection> {
-    match pod.get("spec").and_then(|spec| text(spec, "restartPolicy")) {
-        Some(policy @ ("Never" | "OnFailure")) => Err(Rejection::new(
-            format!("the pod has restartPolicy {policy}: in classic mode it would never end, as pgsidecar doesn't"),
-            "Use native sidecars (pgsidecar.dev/mode: native), from Kubernetes 1.29 on.",
-        )),
-        _ => Ok(()),
-    }
 }
 
 /// All that was found out about a pod.
@@ -269,14 +222,15 @@ impl<'a> Plan<'a> {
             ));
         }
         let arguments = if wishes.skips_arguments { Vec::new() } else { command::complete(container, image)?.append };
-        let warnings = server::check(container, image, &pgdata, wishes.pgdata.is_some())?;
+        let mut warnings = server::check(container, image, &pgdata, wishes.pgdata.is_some())?;
+        warnings.extend(pgdata::may_be_hidden(container, &pgdata, image));
         network::check_mesh(pod, container)?;
         // A pod that was injected stays as it is, whatever the settings say by now.
         let was = container::Status::read(pod).map(|status| status.mode);
         let auto = if settings.native_sidecars { Mode::Native } else { Mode::Classic };
         let mode = was.or(wishes.mode).unwrap_or(auto);
         if mode == Mode::Classic {
-            check_restart_policy(pod)?;
+            fitness::check_restart_policy(pod)?;
         }
         Ok(Plan {
             wishes,
@@ -298,6 +252,7 @@ impl<'a> Plan<'a> {
         // First, as it may be too large, and the patch copies the pod.
         let environment =
             environment::compose(container, &self.pgdata, self.wishes, self.config_secret, self.grace(pod))?;
+        volumes::check_sub_paths(container, &environment.env)?;
         let mut patch = Patch::new(pod);
         if self.ephemeral {
             warnings
@@ -315,7 +270,6 @@ impl<'a> Plan<'a> {
         self.add_grace(&mut patch);
         self.add_to_postgres(&mut patch, container);
 
-        volumes::check_sub_paths(container, &environment.env)?;
         for name in &environment.secrets {
             warnings
                 .push(format!("{name} has its value in the pod itself and isn't copied to pgsidecar: use a Secret"));

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::{
     Rejection,
     annotations::{Wishes, absolute},
+    environment::DEFAULT_PGDATA,
     images::{self, Image},
     view::{items, named, plain_variable, text},
     volumes::{hides_programs, is_same, is_within, parts},
@@ -34,7 +35,7 @@ pub(super) fn find(
         (None, None) => image.and_then(|image| image.pgdata.clone()),
     };
     // Ours take the default only where there's no PGDATA.
-    let names = if variable.is_some() { &["PGDATA"][..] } else { &["PGDATA", "PGSIDECAR_DEFAULT_PGDATA"] };
+    let names = if variable.is_some() { &["PGDATA"][..] } else { &["PGDATA", DEFAULT_PGDATA] };
     let before = ours.and_then(|ours| names.iter().find_map(|name| plain_variable(ours, name)));
     match (pgdata, before) {
         (Some(pgdata), Some(before)) if !is_same(&pgdata, before) => Err(Rejection::new(
@@ -77,9 +78,7 @@ fn variable(container: &Value) -> Option<Result<String, Rejection>> {
 /// # Errors
 /// If they aren't.
 pub(super) fn check(pod: &Value, container: &Value, pgdata: &str, image: Option<&Image>) -> Result<bool, Rejection> {
-    let mounts = items(container, "volumeMounts").iter().filter_map(|mount| Some((text(mount, "mountPath")?, mount)));
-    let above = mounts.filter(|(path, _)| is_within(pgdata, path));
-    let Some((path, mount)) = above.max_by_key(|(path, _)| parts(path).len()) else {
+    let Some((path, mount)) = nearest(container, pgdata) else {
         let at =
             image.and_then(|image| image.major).filter(|&major| major >= 18 && pgdata == images::default_pgdata(major));
         let hint = if at.is_some() { " From PostgreSQL 18 on, the image wants it at /var/lib/postgresql." } else { "" };
@@ -91,12 +90,7 @@ pub(super) fn check(pod: &Value, container: &Value, pgdata: &str, image: Option<
         ));
     };
     // What stands there is an empty volume of the runtime's, seen by PostgreSQL alone.
-    let hides = image
-        .map_or(&[][..], |image| image.volumes)
-        .iter()
-        .rev()
-        .find(|volume| is_within(pgdata, volume) && is_within(volume, path) && !is_same(volume, path));
-    if let Some(hides) = hides {
+    if let Some(hides) = hidden_by(image.map_or(&[], |image| image.volumes), pgdata, path) {
         return Err(Rejection::new(
             format!(
                 "PGDATA {pgdata} isn't on the volume that is mounted at {path}: the image has a volume of its own at {hides} (VOLUME), which is lost with the container"
@@ -125,6 +119,25 @@ pub(super) fn check(pod: &Value, container: &Value, pgdata: &str, image: Option<
         ));
     }
     Ok(is("emptyDir") || is("ephemeral"))
+}
+
+/// What to warn of where the image isn't known: most are made of the official one, with its `VOLUME`.
+pub(super) fn may_be_hidden(container: &Value, pgdata: &str, image: Option<&Image>) -> Option<String> {
+    let (path, _) = nearest(container, pgdata).filter(|_| image.is_none())?;
+    let hides = hidden_by(images::VOLUMES, pgdata, path)?;
+    Some(format!("if the image has VOLUME {hides}, the data are lost with the container: mount the volume there"))
+}
+
+/// The mount that the data are on.
+fn nearest<'a>(container: &'a Value, pgdata: &str) -> Option<(&'a str, &'a Value)> {
+    let mounts = items(container, "volumeMounts").iter().filter_map(|mount| Some((text(mount, "mountPath")?, mount)));
+    mounts.filter(|(path, _)| is_within(pgdata, path)).max_by_key(|(path, _)| parts(path).len())
+}
+
+/// Which of an image's volumes stands between the data and what is mounted at `path`.
+fn hidden_by(volumes: &[&'static str], pgdata: &str, path: &str) -> Option<&'static str> {
+    let between = |volume: &&&str| is_within(pgdata, volume) && is_within(volume, path) && !is_same(volume, path);
+    volumes.iter().rev().find(between).copied()
 }
 
 #[cfg(test)]
@@ -189,5 +202,22 @@ mod tests {
         let mount = json!({"volumeMounts": [{"name": "claim", "mountPath": "/usr/lib/pg"}]});
         let refused = check(&json!({}), &mount, pgdata, None).unwrap_err();
         assert!(refused.problem.contains("would hide"), "{refused}");
+    }
+
+    #[test]
+    fn an_unknown_image_may_have_a_volume_as_well() {
+        let warned = |path: &str, pgdata: &str, image: &str| {
+            let container = json!({"volumeMounts": [{"name": "data", "mountPath": path}]});
+            let warning = may_be_hidden(&container, pgdata, images::look_up(image).as_ref());
+            assert!(warning.as_ref().is_none_or(|warning| warning.len() <= 120), "{warning:?}");
+            warning.is_some()
+        };
+        let (unknown, data) = ("someone/postgres:1", "/var/lib/postgresql/data");
+        assert!(warned("/var/lib/postgresql", data, unknown));
+        assert!(warned("/var/lib", "/var/lib/postgresql/18/docker", unknown));
+        assert!(!warned(data, "/var/lib/postgresql/data/pgdata", unknown));
+        assert!(!warned("/srv", "/srv/pg", unknown));
+        assert!(!warned("/var/lib/postgresql", "/var/lib/postgresql/18/docker", unknown));
+        assert!(!warned("/var/lib/postgresql", data, "timescale/timescaledb-ha:pg17"));
     }
 }

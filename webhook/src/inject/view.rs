@@ -52,6 +52,10 @@ pub(super) fn plain_variable<'a>(container: &'a Value, name: &str) -> Option<&'a
 
 /// A text with its references (`$(NAME)`) resolved as Kubernetes does it; `None` if a value isn't known here.
 pub(super) fn expand(container: &Value, text: &str) -> Option<String> {
+    // Longer than any path, number or address; each reference is looked for among all variables.
+    if text.len() > 4096 {
+        return None;
+    }
     let mut expanded = String::new();
     let mut rest = text;
     while let Some((before, behind)) = rest.split_once('$') {
@@ -166,5 +170,6 @@ mod tests {
         ] {
             assert_eq!(expand(&container, text).as_deref(), expected, "{text}");
         }
+        assert_eq!(expand(&container, &"$(A)".repeat(2_000)), None);
     }
 }
