@@ -60,7 +60,7 @@ pub(super) fn complete(container: &Value, image: Option<&Image>) -> Result<Line,
     };
     let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
     let given = settings(&flags).map_err(|odd| {
-        let name = if odd.starts_with('-') { odd.split('=').next().unwrap_or("") } else { "" };
+        let name = if odd.starts_with('-') { odd.split([' ', '=']).next().unwrap_or("") } else { "" };
         let name = if name.is_empty() { "a word that is no flag".to_owned() } else { format!("{:?}", short(name)) };
         unreachable(&format!("after {name} in the container's args PostgreSQL reads no flags, or is no server at all"))
     })?;
@@ -333,6 +333,7 @@ mod tests {
             json!({"args": ["postgres", "-c", "archive_command=PGPASSWORD=hunter2 archive %p"]}),
             json!({"args": ["postgres", "PGPASSWORD=hunter2"]}),
             json!({"args": ["postgres", "-C", "hunter2"]}),
+            json!({"args": ["postgres", "--password hunter2"]}),
         ] {
             let refused = appended("postgres:17", container.clone()).unwrap_err();
             assert!(!refused.contains("hunter2"), "{refused}");

@@ -222,7 +222,11 @@ impl<'a> Plan<'a> {
             ));
         }
         let arguments = if wishes.skips_arguments { Vec::new() } else { command::complete(container, image)?.append };
-        let mut warnings = server::check(container, image, &pgdata, wishes.pgdata.is_some())?;
+        // Once more, and under a name of the image that doesn't tell what -D is in it: it was checked the first time.
+        if ours.is_none() || image.is_some() {
+            server::check_directory(container, image, &pgdata, wishes.pgdata.is_some())?;
+        }
+        let mut warnings = server::check(container, &pgdata)?;
         warnings.extend(pgdata::may_be_hidden(container, &pgdata, image));
         network::check_mesh(pod, container)?;
         // A pod that was injected stays as it is, whatever the settings say by now.

@@ -10,19 +10,12 @@ use super::{
     volumes::{is_same, is_within},
 };
 
-/// Checks that the server of this line has its data in `pgdata`, can archive, and answers where ours connect to it.
-/// `is_said` if an annotation says where the data are. Returns what to warn of.
+/// Checks that the server of this line can archive, and answers where ours connect to it. Returns what to warn of.
 ///
 /// # Errors
 /// If it doesn't.
-pub(super) fn check(
-    container: &Value,
-    image: Option<&Image>,
-    pgdata: &str,
-    is_said: bool,
-) -> Result<Vec<String>, Rejection> {
+pub(super) fn check(container: &Value, pgdata: &str) -> Result<Vec<String>, Rejection> {
     let given = given(container);
-    check_directory(container, image, pgdata, is_said, &given)?;
     if last(&given, "wal_level").is_some_and(|level| level.trim().eq_ignore_ascii_case("minimal")) {
         return Err(Rejection::new(
             "PostgreSQL is started with wal_level = minimal, which leaves nothing to archive: with archive_mode it doesn't start",
@@ -47,16 +40,20 @@ pub(super) fn check(
     Ok(warnings)
 }
 
-fn check_directory(
+/// Checks that the server of this line has its data in `pgdata`. `is_said` if an annotation says where they are.
+///
+/// # Errors
+/// If it doesn't, or it can't be told.
+pub(super) fn check_directory(
     container: &Value,
     image: Option<&Image>,
     pgdata: &str,
     is_said: bool,
-    given: &[(String, String)],
 ) -> Result<(), Rejection> {
+    let given = given(container);
     // data_directory outranks -D, which is then where postgresql.conf is.
     let Some((name, value)) =
-        ["data_directory", DIRECTORY].into_iter().find_map(|name| Some((name, last(given, name)?)))
+        ["data_directory", DIRECTORY].into_iter().find_map(|name| Some((name, last(&given, name)?)))
     else {
         return Ok(());
     };
@@ -97,7 +94,8 @@ mod tests {
     fn checked(image: &str, args: Value, is_said: bool) -> Result<Vec<String>, String> {
         let container = json!({"args": args, "env": [{"name": "PGDATA", "value": "/data/pg"}]});
         let image = look_up(image);
-        check(&container, image.as_ref(), "/data/pg", is_said).map_err(|rejection| rejection.problem)
+        let checked = check_directory(&container, image.as_ref(), "/data/pg", is_said);
+        checked.and_then(|()| check(&container, "/data/pg")).map_err(|rejection| rejection.problem)
     }
 
     #[test]

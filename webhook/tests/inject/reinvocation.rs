@@ -92,6 +92,16 @@ fn an_image_that_another_webhook_renamed_is_still_the_same() {
 }
 
 #[test]
+fn a_directory_of_configuration_stays_one_under_another_image_name() {
+    let mut pod = pod("native");
+    pod["spec"]["containers"][0]["image"] = json!("supabase/postgres:15.8.1.085");
+    pod["metadata"]["annotations"]["pgsidecar.dev/run-as-user"] = json!("105");
+    let mut pod = injected(&pod);
+    pod["spec"]["containers"][0]["image"] = json!("mirror.example.com/images@sha256:abcd");
+    assert_eq!(added(&pod, &settings()), []);
+}
+
+#[test]
 fn data_that_another_webhook_moved_since_are_refused() {
     let mut pod = injected(&pod("native"));
     let env = json!({"name": "PGDATA", "value": "/var/lib/postgresql/data/moved"});
