@@ -40,7 +40,9 @@ revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 [[ $revision == unknown || -z $(git status --porcelain --untracked-files=no) ]] || revision+=-modified
 # The commit's time rather than now: the same sources give the same labels.
 epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}
+# Without the credentials that the URL may hold: whoever has the image can read its labels.
 source=${PGSIDECAR_SOURCE_URL:-$(git remote get-url origin 2>/dev/null | grep '^https://' || true)}
+source=$(sed -E 's|^([a-z+]+://)[^/]*@|\1|' <<<"$source")
 
 case $builder in
 docker) build=(docker buildx build) && docker buildx version >/dev/null 2>&1 || build=(docker build) ;;

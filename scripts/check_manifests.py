@@ -22,7 +22,13 @@ OTHERS = {
     ("cert-manager.io/v1", "Certificate"),
 }
 # Metrics that are others'.
-FOREIGN_METRICS = {"up", "kube_job_failed", "apiserver_admission_webhook_rejection_count"}
+FOREIGN_METRICS = {
+    "up",
+    "kube_job_failed",
+    "kube_pod_init_container_info",
+    "kube_pod_status_phase",
+    "apiserver_admission_webhook_rejection_count",
+}
 NAME, NAMESPACE = "pgsidecar-webhook", "pgsidecar-system"
 errors = []
 
