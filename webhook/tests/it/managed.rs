@@ -166,6 +166,39 @@ async fn what_the_bundle_trusted_before_is_kept_when_the_secret_was_emptied() {
     asked(&api, &late, &system_clock(), Duration::ZERO).await.unwrap();
 }
 
+/// `kubectl replace` of the manifests, or Argo CD's `Replace=true`.
+#[tokio::test]
+async fn secret_and_bundle_wiped_together_are_mended_without_an_interruption() {
+    let api = ApiServer::start().await;
+    let server = replica(&api, system_clock(), Periods::default()).await;
+    server.ready().await;
+    let (before, leaf) = (api.bundle(Duration::ZERO), server.app.certificates.loaded().unwrap());
+    api.replace_both(json!({}));
+    until("both CAs are in the bundle", async || {
+        let now = api.bundle(Duration::ZERO);
+        now.starts_with(&before) && now.matches("BEGIN CERTIFICATE").count() == 2
+    })
+    .await;
+    assert!(Arc::ptr_eq(&server.app.certificates.loaded().unwrap().key, &leaf.key));
+    asked(&api, &server, &system_clock(), Duration::ZERO).await.unwrap();
+    // One that comes now is served by the new CA, which is trusted as well.
+    let late = replica(&api, system_clock(), Periods::default()).await;
+    late.ready().await;
+    asked(&api, &late, &system_clock(), Duration::ZERO).await.unwrap();
+}
+
+/// The Secret is another's, such as one from a backup: the leaf's CA is in neither object.
+#[tokio::test]
+async fn a_leaf_that_nobody_trusts_is_replaced_at_once() {
+    let (api, other) = (ApiServer::start().await, ApiServer::start().await);
+    replica(&other, system_clock(), Periods::default()).await.ready().await;
+    let server = replica(&api, system_clock(), Periods::default()).await;
+    server.ready().await;
+    let data = other.state.lock().unwrap().secret.as_ref().unwrap()["data"].clone();
+    api.replace_both(data);
+    until("it is trusted", async || asked(&api, &server, &system_clock(), Duration::ZERO).await.is_ok()).await;
+}
+
 #[tokio::test]
 async fn while_the_api_server_fails_it_serves_on_and_says_so() {
     let api = ApiServer::start().await;
