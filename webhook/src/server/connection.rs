@@ -4,7 +4,12 @@ use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper::{
+    Request, Response, Version,
+    body::Incoming,
+    header::{self, HeaderValue},
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -96,7 +101,15 @@ pub async fn serve_tls(app: Arc<App>, listener: TcpListener, stop: watch::Receiv
             let shared = app.clone();
             serve_connection(stream, activity, stop, &http(), move |request| {
                 let (app, room) = (shared.clone(), room.clone());
-                async move { admission::handle(&app, &room, request).await }
+                async move {
+                    let http1 = request.version() < Version::HTTP_2;
+                    let mut answer = admission::handle(&app, &room, request).await;
+                    if http1 && app.metrics.draining.get() != 0 {
+                        // The next request is for another replica. HTTP/2 has GOAWAY for it, at the end.
+                        answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                    }
+                    answer
+                }
             })
             .await;
             app.metrics.connections.dec();

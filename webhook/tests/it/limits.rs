@@ -269,6 +269,21 @@ async fn without_a_certificate_the_handshake_fails_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn while_it_stops_connections_of_http_1_end_with_their_answer() {
+    let (server, tls) = served_by(&["http/1.1"]).await;
+    let mut stream = client::connect(server.address, &tls).await.unwrap();
+    server.stop();
+    until("it stops", async || server.app.metrics.draining.get() == 1).await;
+    let (began, body) = (Instant::now(), review("last").to_string());
+    let head = format!("POST /inject HTTP/1.1\r\nhost: {NAME}\r\ncontent-type: application/json\r\n");
+    stream.write_all(format!("{head}content-length: {}\r\n\r\n{body}", body.len()).as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("connection: close"), "{answer}");
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
 async fn stopping_turns_readiness_first_and_ends_what_is_under_way() {
     let (server, tls) = served_by(&["http/1.1"]).await;
     let mut idle = Connection::open(server.address, &tls).await.unwrap();
