@@ -112,22 +112,24 @@ pub fn next(authorities: &[Authority], seen: &str, now: Timestamp, periods: &Per
 /// Who signs a leaf now, if anybody does. `served`: there is a leaf [of use](Leaf::serves), so there's time.
 ///
 /// It is the newest CA that every API server has noticed. Where there's no leaf and no such CA, as at the very
-/// first start, one that is in the bundle will do.
+/// first start, one that is in the bundle will do. `seen` is `None` where there is no webhook configuration: then nobody
+/// trusts anything and nobody asks, and any will do, so that replicas are ready when there is one.
 pub fn signer<'a>(
     authorities: &'a [Authority],
-    seen: &str,
+    seen: Option<&str>,
     served: bool,
     now: Timestamp,
     periods: &Periods,
 ) -> Option<&'a Authority> {
     let able = || {
         authorities.iter().rev().filter(|authority| {
-            authority.key.is_some() && authority.validity.holds_at(now) && seen.contains(&authority.certificate)
+            let trusted = seen.is_none_or(|seen| seen.contains(&authority.certificate));
+            authority.key.is_some() && authority.validity.holds_at(now) && trusted
         })
     };
     able()
         .find(|authority| authority.published_for(periods.propagation, now))
-        .or_else(|| able().find(|authority| !served && authority.published.is_some()))
+        .or_else(|| able().find(|authority| !served && (seen.is_none() || authority.published.is_some())))
 }
 
 /// What an empty Secret begins with: CAs without keys, those of the bundle and that of the leaf in use, if it's valid.

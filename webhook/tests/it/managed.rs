@@ -240,6 +240,32 @@ async fn without_its_secret_it_waits_and_another_content_is_left_alone() {
     assert_eq!(server.app.metrics.certificate_problem.get(), 0);
 }
 
+/// As when a database has to come up at once, and where manifests are applied in waves.
+#[tokio::test]
+async fn without_its_configuration_it_is_ready_and_says_so() {
+    let api = ApiServer::start().await;
+    api.fail(Fault::Status(404), "GET /apis/admissionregistration.k8s.io");
+    let one = replica(&api, system_clock(), Periods::default()).await;
+    one.ready().await;
+    let other = replica(&api, system_clock(), Periods::default()).await;
+    other.ready().await;
+    for server in [&one, &other] {
+        until("it is told", async || server.app.metrics.certificate_problem.get() == 1).await;
+    }
+    // It comes, and trusts what is served.
+    api.fail(Fault::None, "");
+    for server in [&one, &other] {
+        until("it is well", async || server.app.metrics.certificate_problem.get() == 0).await;
+        asked(&api, server, &system_clock(), Duration::ZERO).await.unwrap();
+    }
+    assert_eq!(api.bundle(Duration::ZERO).matches("BEGIN CERTIFICATE").count(), 1);
+    // It goes, and one that comes meanwhile has a certificate of the same CA.
+    api.fail(Fault::Status(404), "GET /apis/admissionregistration.k8s.io");
+    let late = replica(&api, system_clock(), Periods::default()).await;
+    late.ready().await;
+    asked(&api, &late, &system_clock(), Duration::ZERO).await.unwrap();
+}
+
 #[tokio::test]
 async fn the_token_is_read_anew() {
     let api = ApiServer::start().await;

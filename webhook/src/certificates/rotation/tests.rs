@@ -92,7 +92,7 @@ impl Replica {
         let Some((seen, bundle_version, mut authorities, secret_version)) = self.read.take() else { return false };
         let now = true_now + SignedDuration::from_secs(self.ahead);
         let served = self.leaf.as_ref().is_some_and(|leaf| leaf.serves(&authorities, &seen, now));
-        if let Some(signer) = signer(&authorities, &seen, served, now, periods)
+        if let Some(signer) = signer(&authorities, Some(&seen), served, now, periods)
             && self.leaf.as_ref().is_none_or(|leaf| leaf.is_due(signer, now))
         {
             let validity = Validity { not_before: now - periods.backdate, not_after: now + periods.leaf };
@@ -298,9 +298,26 @@ fn an_expired_ca_does_not_sign_and_goes() {
     let mut old = made(0, at(0), &periods);
     old.published = Some(at(0));
     let late = at(0) + periods.authority + periods.margin;
-    assert_eq!(signer(&[old.clone()], "<0>", false, late, &periods), None);
+    assert_eq!(signer(&[old.clone()], Some("<0>"), false, late, &periods), None);
     assert_eq!(next(&[old.clone()], "<0>", late, &periods), Step::Make);
     assert_eq!(next(&[old, made(1, late, &periods)], "<0>", late, &periods), Step::Remove(1));
+}
+
+#[test]
+fn without_a_configuration_the_newest_signs_for_who_has_no_leaf() {
+    let (periods, now) = (periods(), at(0));
+    let (mut old, new) = (made(0, now, &periods), made(1, now, &periods));
+    let signed_by = |authorities: &[Authority], seen, served| {
+        signer(authorities, seen, served, now, &periods).map(|authority| authority.certificate.clone())
+    };
+    assert_eq!(signed_by(&[old.clone(), new.clone()], None, false), Some("<1>".to_owned()));
+    assert_eq!(signed_by(&[old.clone(), new.clone()], None, true), None);
+    assert_eq!(signed_by(&[old.clone(), new.clone()], Some(""), false), None);
+    // One that has been published for long signs on, whoever has a leaf.
+    old.published = Some(now - periods.propagation);
+    assert_eq!(signed_by(&[old.clone(), new.clone()], None, true), Some("<0>".to_owned()));
+    old.key = None;
+    assert_eq!(signed_by(&[old, new], None, false), Some("<1>".to_owned()));
 }
 
 /// What happens to two replicas in a minute.
