@@ -73,7 +73,7 @@ impl Activity {
         self.evicted.notified().await;
     }
 
-    /// Returns when no request has been under way at two looks in a row, `every` apart.
+    /// Returns when no request is under way; looks `every` so often, at first after that time.
     pub async fn quiet(&self, every: Duration) {
         tokio::time::sleep(every).await;
         while self.is_busy() {
