@@ -53,6 +53,9 @@ pub enum ManagedError {
     /// The webhook configuration isn't what it should be.
     #[error("the MutatingWebhookConfiguration {0} has no webhook {WEBHOOK} with a clientConfig")]
     Configuration(String),
+    /// What is served isn't trusted, and nothing that could be signed now would be.
+    #[error("the caBundle doesn't have the CA of the certificate that is served, and no other CA can sign now")]
+    Untrusted,
     /// It never settled.
     #[error("{MAX_STEPS} steps didn't lead to an end: somebody else keeps changing the Secret or the caBundle")]
     Unsettled,
@@ -118,20 +121,27 @@ impl Manager {
 
     /// Takes one step, and signs a leaf if it's time. Answers whether there's nothing left to do.
     async fn pass(&self, leaf: &mut Option<Leaf>) -> Result<bool, ManagedError> {
-        let configuration = self.api.get(&self.configuration_path()).await?;
-        let seen = self.seen(&configuration)?;
+        let configuration = match self.api.get(&self.configuration_path()).await {
+            Err(error) if !error.is_not_found() => return Err(error.into()),
+            found => found,
+        };
+        let trusted = configuration.as_ref().ok().map(|configuration| self.seen(configuration)).transpose()?;
         let secret = self.api.get(&self.secret_path()).await?;
         let mut authorities = self.authorities(&secret)?;
         let now = self.certificates.now();
-        self.sign(leaf, &authorities, &seen, now)?;
+        self.sign(leaf, &authorities, trusted.as_deref(), now)?;
+        // Where there is no configuration, a CA is made and removed all the same; what comes after that has to wait.
+        let seen = trusted.unwrap_or_default();
         match rotation::next(&authorities, &seen, now, &self.periods) {
+            Step::Rest if leaf.as_ref().is_some_and(|leaf| !leaf.is_trusted(&seen)) => {
+                return Err(ManagedError::Untrusted);
+            }
             Step::Rest => return Ok(true),
-            Step::Publish(bundle) => self.publish(&configuration, &bundle).await?,
+            Step::Publish(bundle) => self.publish(&configuration?, &bundle).await?,
             Step::Make => {
                 if authorities.is_empty() {
-                    authorities = authority::adopt(&seen, now);
-                    let excess = authorities.len().saturating_sub(MAX_AUTHORITIES / 2);
-                    authorities.drain(..excess);
+                    let read = |bundle: &str| authority::adopt(bundle, now);
+                    authorities = rotation::adopted(&seen, leaf.as_ref(), now, MAX_AUTHORITIES / 2, read);
                 }
                 let made = authority::make(now, &self.periods)?;
                 let expires = made.validity.not_after;
@@ -157,10 +167,10 @@ impl Manager {
         &self,
         leaf: &mut Option<Leaf>,
         authorities: &[Authority],
-        seen: &str,
+        seen: Option<&str>,
         now: Timestamp,
     ) -> Result<(), ManagedError> {
-        let served = leaf.as_ref().is_some_and(|leaf| leaf.validity.holds_at(now));
+        let served = leaf.as_ref().is_some_and(|leaf| leaf.serves(authorities, seen.unwrap_or_default(), now));
         let Some(signer) = rotation::signer(authorities, seen, served, now, &self.periods) else { return Ok(()) };
         self.certificates.metrics().authority_expiry.set(signer.validity.not_after.as_second());
         if leaf.as_ref().is_some_and(|leaf| !leaf.is_due(signer, now)) {
@@ -261,6 +271,9 @@ impl Manager {
                  -p '[{{\"op\":\"remove\",\"path\":\"/data\"}}]'"
             ),
             ManagedError::Configuration(_) => "Apply the manifests: they have it.".to_owned(),
+            ManagedError::Untrusted => {
+                "It passes once the newest CA is valid by this node's clock: is that right?".to_owned()
+            }
             ManagedError::Unsettled => {
                 "Does another tool write the caBundle, such as cert-manager's ca-injector? Only one can.".to_owned()
             }

@@ -113,6 +113,9 @@ impl Certificates {
             Some(loaded) if loaded.validity.not_after <= self.now() => {
                 Some(format!("the certificate has expired at {}", loaded.validity.not_after))
             }
+            Some(loaded) if self.now() < loaded.validity.not_before => {
+                Some(format!("the certificate is valid only from {} on", loaded.validity.not_before))
+            }
             Some(_) => None,
         }
     }

@@ -11,6 +11,9 @@
 //! Replicas don't talk to each other. Both take these steps, whoever comes first, and each step is one that both
 //! would take: the bundle follows from the Secret alone. A replica that sleeps through step 3, or can't reach the API
 //! server, serves its old leaf for as long as that is valid, and until then the bundle has its CA.
+//!
+//! Where the Secret is lost, [`adopted`] begins the new one: what the bundle trusts and what signed the leaf in use stay
+//! trusted, so that losing both at once interrupts nothing for longer than it takes to notice.
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -106,25 +109,46 @@ pub fn next(authorities: &[Authority], seen: &str, now: Timestamp, periods: &Per
     Step::Rest
 }
 
-/// Who signs a leaf now, if anybody does. `served`: there is a leaf that is valid, so there's time.
+/// Who signs a leaf now, if anybody does. `served`: there is a leaf [of use](Leaf::serves), so there's time.
 ///
 /// It is the newest CA that every API server has noticed. Where there's no leaf and no such CA, as at the very
-/// first start, one that is in the bundle will do.
+/// first start, one that is in the bundle will do. `seen` is `None` where there is no webhook configuration: then nobody
+/// trusts anything and nobody asks, and any will do, so that replicas are ready when there is one.
 pub fn signer<'a>(
     authorities: &'a [Authority],
-    seen: &str,
+    seen: Option<&str>,
     served: bool,
     now: Timestamp,
     periods: &Periods,
 ) -> Option<&'a Authority> {
     let able = || {
         authorities.iter().rev().filter(|authority| {
-            authority.key.is_some() && authority.validity.holds_at(now) && seen.contains(&authority.certificate)
+            let trusted = seen.is_none_or(|seen| seen.contains(&authority.certificate));
+            authority.key.is_some() && authority.validity.holds_at(now) && trusted
         })
     };
     able()
         .find(|authority| authority.published_for(periods.propagation, now))
-        .or_else(|| able().find(|authority| !served && authority.published.is_some()))
+        .or_else(|| able().find(|authority| !served && (seen.is_none() || authority.published.is_some())))
+}
+
+/// What an empty Secret begins with: CAs without keys, those of the bundle and that of the leaf in use, if it's valid.
+/// `read` reads the CAs from a bundle. `most` of them, the last ones, are kept.
+pub fn adopted(
+    seen: &str,
+    leaf: Option<&Leaf>,
+    now: Timestamp,
+    most: usize,
+    read: impl Fn(&str) -> Vec<Authority>,
+) -> Vec<Authority> {
+    let mut adopted = read(seen);
+    for own in leaf.filter(|leaf| leaf.validity.holds_at(now)).map(|leaf| read(&leaf.authority)).unwrap_or_default() {
+        if !adopted.iter().any(|authority| authority.certificate == own.certificate) {
+            adopted.push(own);
+        }
+    }
+    adopted.drain(..adopted.len().saturating_sub(most));
+    adopted
 }
 
 /// A leaf that is served.
@@ -137,6 +161,17 @@ pub struct Leaf {
 }
 
 impl Leaf {
+    /// Whether it is of use: valid, and its CA is trusted, or will be as soon as the bundle has been mended.
+    pub fn serves(&self, authorities: &[Authority], seen: &str, now: Timestamp) -> bool {
+        let known = || authorities.iter().any(|authority| authority.certificate == self.authority);
+        self.validity.holds_at(now) && (self.is_trusted(seen) || known())
+    }
+
+    /// Whether the `caBundle` has its CA.
+    pub fn is_trusted(&self, seen: &str) -> bool {
+        seen.contains(&self.authority)
+    }
+
     /// Whether another one is to be had from `signer`.
     pub fn is_due(&self, signer: &Authority, now: Timestamp) -> bool {
         self.authority != signer.certificate || now >= part(&self.validity, 1, 2)

@@ -13,9 +13,11 @@ use hyper::{
     header::{self, HeaderValue},
 };
 use serde_json::Value;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::App;
+use super::{
+    App,
+    room::{Held, MAX_BODY_BYTES, Room},
+};
 use crate::{
     inject::{Injection, Rejection},
     metrics,
@@ -25,65 +27,29 @@ use crate::{
 /// What is asked of a pod in a namespace.
 pub type Injector = Arc<dyn Fn(&Value, &str) -> Result<Injection, Rejection> + Send + Sync>;
 
-/// A larger body is refused. The API server takes objects of 3 MiB, and JSON may be longer than what it stores.
-pub const MAX_BODY_BYTES: usize = 8 << 20;
-/// Bytes of all bodies that are held at a time; further requests wait.
-const MAX_BODIES_KIB: u32 = 12 << 10;
 /// From a request's head to its answer. The API server waits for 5 s (`timeoutSeconds`), and should get a reason.
 const TIME_LIMIT: Duration = Duration::from_secs(4);
-/// What a body of unknown length is read into at first.
+/// What a body is read into at first, unless it's said to be smaller.
 const FIRST_CAPACITY: usize = 16 << 10;
 
-/// Answers that are computed at a time. One takes milliseconds, and the memory of what it holds in all its forms.
-const COMPUTED_AT_A_TIME: usize = 1;
-
-/// The bytes that bodies may take, and the turns at computing answers.
-pub struct Room {
-    bytes: Arc<Semaphore>,
-    turns: Arc<Semaphore>,
-}
-
-impl Default for Room {
-    fn default() -> Room {
-        Room {
-            bytes: Arc::new(Semaphore::new(MAX_BODIES_KIB as usize)),
-            turns: Arc::new(Semaphore::new(COMPUTED_AT_A_TIME)),
-        }
-    }
-}
-
-impl Room {
-    /// Waits for as much room as a body may take.
-    async fn for_body(&self, most: usize) -> Option<OwnedSemaphorePermit> {
-        let kib = u32::try_from(most.div_ceil(1024)).unwrap_or(MAX_BODIES_KIB).max(1);
-        self.bytes.clone().acquire_many_owned(kib).await.ok()
-    }
-
-    /// Computes an answer in another thread, so that connections and probes are served meanwhile and the time limit holds.
-    /// What has been begun goes on when nobody waits any more; its turn and its body's room end with it.
-    async fn compute(
-        &self,
-        body: BytesMut,
-        held: Option<OwnedSemaphorePermit>,
-        injector: Injector,
-    ) -> Result<review::Answer, Refused> {
-        let turn = self.turns.clone().acquire_owned().await.ok();
-        let computed = tokio::task::spawn_blocking(move || {
-            let answer = review::answer(&body, |pod, namespace| injector(pod, namespace));
-            drop((body, held, turn));
-            answer
-        });
-        let failed =
-            |error| Refused::new(StatusCode::INTERNAL_SERVER_ERROR, format!("no answer was computed: {error}"));
-        computed.await.map_err(failed)?.map_err(|bad| {
-            let status = match bad {
-                review::BadReview::TooManyValues => StatusCode::PAYLOAD_TOO_LARGE,
-                review::BadReview::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
-                _ => StatusCode::BAD_REQUEST,
-            };
-            Refused::new(status, bad.to_string())
-        })
-    }
+/// Computes an answer in another thread, so that connections and probes are served meanwhile and the time limit holds.
+/// What has been begun goes on when nobody waits any more; its turn and its body's room end with it.
+async fn compute(room: &Room, body: BytesMut, held: Held, injector: Injector) -> Result<review::Answer, Refused> {
+    let turn = room.turn().await;
+    let computed = tokio::task::spawn_blocking(move || {
+        let answer = review::answer(&body, |pod, namespace| injector(pod, namespace));
+        drop((body, held, turn));
+        answer
+    });
+    let failed = |error| Refused::new(StatusCode::INTERNAL_SERVER_ERROR, format!("no answer was computed: {error}"));
+    computed.await.map_err(failed)?.map_err(|bad| {
+        let status = match bad {
+            review::BadReview::TooManyValues => StatusCode::PAYLOAD_TOO_LARGE,
+            review::BadReview::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            _ => StatusCode::BAD_REQUEST,
+        };
+        Refused::new(status, bad.to_string())
+    })
 }
 
 /// Why there's no review in the answer. The API server shows status and text in its own words.
@@ -99,7 +65,7 @@ impl Refused {
 }
 
 /// Answers a request.
-pub async fn handle(app: &App, room: &Room, request: Request<Incoming>) -> Response<Full<Bytes>> {
+pub async fn handle(app: &App, room: &Arc<Room>, request: Request<Incoming>) -> Response<Full<Bytes>> {
     if request.uri().path() != "/inject" {
         return text(StatusCode::NOT_FOUND, "there is only /inject here\n");
     }
@@ -140,7 +106,7 @@ pub async fn handle(app: &App, room: &Room, request: Request<Incoming>) -> Respo
     }
 }
 
-async fn inject(app: &App, room: &Room, request: Request<Incoming>) -> Result<review::Answer, Refused> {
+async fn inject(app: &App, room: &Arc<Room>, request: Request<Incoming>) -> Result<review::Answer, Refused> {
     if request.method() != Method::POST {
         return Err(Refused::new(StatusCode::METHOD_NOT_ALLOWED, "only POST is answered"));
     }
@@ -156,21 +122,24 @@ async fn inject(app: &App, room: &Room, request: Request<Incoming>) -> Result<re
         Some(Ok(length)) if length <= MAX_BODY_BYTES => length,
         Some(_) => return Err(too_large()),
     };
-    let held = room.for_body(most).await;
-    let capacity = if announced.is_some() { most } else { FIRST_CAPACITY };
-    let bytes = read(body, most, capacity).await?.ok_or_else(too_large)?;
-    room.compute(bytes, held, app.injector.clone()).await
+    let mut held = room.hold();
+    let bytes = read(body, most, &mut held).await?.ok_or_else(too_large)?;
+    compute(room, bytes, held, app.injector.clone()).await
 }
 
-/// The body, unless it has more bytes than that.
-async fn read(mut body: Incoming, most: usize, capacity: usize) -> Result<Option<BytesMut>, Refused> {
-    let mut bytes = BytesMut::with_capacity(capacity);
+/// The body, unless it has more bytes than that. A piece that there's no room for waits in the connection's window.
+async fn read(mut body: Incoming, most: usize, held: &mut Held) -> Result<Option<BytesMut>, Refused> {
+    let mut bytes = BytesMut::new();
     while let Some(frame) = body.frame().await {
         let frame =
             frame.map_err(|error| Refused::new(StatusCode::BAD_REQUEST, format!("the body broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };
         if bytes.len() + data.len() > most {
             return Ok(None);
+        }
+        held.grow(bytes.len() + data.len()).await;
+        if bytes.is_empty() {
+            bytes.reserve(most.min(FIRST_CAPACITY));
         }
         bytes.extend_from_slice(&data);
     }

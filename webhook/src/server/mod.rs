@@ -2,15 +2,17 @@
 //!
 //! One thread serves, and one more computes answers, one at a time: parsing and writing JSON takes a millisecond, but a
 //! pod may be large, and probes are answered meanwhile. Memory is that of one answer. Whoever reaches the port can send what they like (the API server shows no certificate),
-//! so connections, bytes in bodies and every wait are bounded: see [`admission`] and [`connection`].
+//! so connections, bytes in bodies and every wait are bounded: see [`room`], [`activity`] and [`connection`].
 //!
 //! On SIGTERM or SIGINT `/readyz` turns first and requests are served on for a while, because endpoints notice late;
 //! then nothing is accepted any more and what is under way ends, within the drain timeout. A second signal ends the
 //! process at once.
 
+pub mod activity;
 pub mod admission;
 pub mod connection;
 pub mod health;
+pub mod room;
 
 use std::{io, process::ExitCode, sync::Arc, time::Duration};
 

@@ -76,6 +76,16 @@ async fn an_expired_certificate_is_served_but_not_ready() {
     assert_eq!((status, text.as_str()), (503, "the certificate has expired at 2020-01-01T00:00:00Z\n"));
 }
 
+#[tokio::test]
+async fn a_certificate_that_is_not_valid_yet_is_served_but_not_ready() {
+    let mut mount = Mount::new();
+    let server = serving(&mount).await;
+    mount.swap(&Ca::new().leaf_from(NAME, 2098));
+    until("it is loaded", async || server.app.certificates.loaded().is_some()).await;
+    let (status, text) = server.probe("/readyz").await;
+    assert_eq!((status, text.as_str()), (503, "the certificate is valid only from 2098-01-01T00:00:00Z on\n"));
+}
+
 /// Leaves change every tenth of a second, under clients that connect anew each time and clients that stay connected.
 #[tokio::test]
 async fn no_request_fails_while_files_change() {

@@ -144,23 +144,85 @@ async fn a_body_that_does_not_come_is_given_up_before_the_api_server_gives_up() 
 }
 
 #[tokio::test]
-async fn large_bodies_that_never_come_hold_up_small_ones_only_for_a_while() {
+async fn bodies_that_never_come_hold_nothing_up() {
     let (server, tls) = served_by(&["http/1.1"]).await;
     let head = format!("POST /inject HTTP/1.1\r\nhost: {NAME}\r\ncontent-type: application/json\r\n");
     let mut held = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..40 {
         let mut stream = client::connect(server.address, &tls).await.unwrap();
         stream.write_all(format!("{head}content-length: {}\r\n\r\n{{", 8 << 20).as_bytes()).await.unwrap();
         held.push(stream);
     }
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    // There's no room now, and there is once those have been given up.
-    until("there's room again", async || {
+    let mut large = review("large");
+    large["request"]["object"]["metadata"]["annotations"] = json!({"large": "x".repeat(3 << 20)});
+    let began = Instant::now();
+    for review in [review("small"), large] {
         let mut connection = Connection::open(server.address, &tls).await.unwrap();
-        connection.review(&review("small")).await.is_ok()
-    })
-    .await;
-    assert_eq!(held.len(), 3);
+        connection.review(&review).await.unwrap();
+    }
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    assert_eq!(held.len(), 40);
+}
+
+/// Twice as many as there may be: some have made their handshake, some not, some a request.
+#[tokio::test]
+async fn connections_that_idle_make_way() {
+    let (server, tls) = served_by(&["h2"]).await;
+    let mut asked = Connection::open(server.address, &tls).await.unwrap();
+    asked.review(&review("first")).await.unwrap();
+    let (mut shaken, mut mute) = (Vec::new(), Vec::new());
+    for _ in 0..64 {
+        mute.push(TcpStream::connect(server.address).await.unwrap());
+        shaken.push(client::connect(server.address, &tls).await.unwrap());
+    }
+    let began = Instant::now();
+    let mut connection = Connection::open(server.address, &tls).await.unwrap();
+    connection.review(&review("u")).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    assert!(server.app.metrics.connections.get() <= 64);
+    // The one that had idled longest is closed in order.
+    let error = asked.review(&review("second")).await.unwrap_err();
+    assert!(error.contains("Canceled") || error.contains("NO_ERROR") || error.contains("Closed"), "{error}");
+    assert_eq!((shaken.len(), mute.len()), (64, 64));
+}
+
+#[tokio::test]
+async fn a_connection_with_a_request_under_way_does_not_make_way() {
+    let (server, tls) = served_by(&["http/1.1"]).await;
+    let mut slow = client::connect(server.address, &tls).await.unwrap();
+    let body = review("slow").to_string();
+    let head = format!("POST /inject HTTP/1.1\r\nhost: {NAME}\r\ncontent-type: application/json\r\n");
+    slow.write_all(format!("{head}content-length: {}\r\n\r\n{{", body.len()).as_bytes()).await.unwrap();
+    let mut idle = Vec::new();
+    for _ in 0..80 {
+        idle.push(client::connect(server.address, &tls).await.unwrap());
+    }
+    slow.write_all(&body.as_bytes()[1..]).await.unwrap();
+    let mut answer = [0; 12];
+    slow.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200");
+    assert_eq!(idle.len(), 80);
+}
+
+#[tokio::test]
+async fn probes_are_answered_whoever_holds_connections_to_their_port() {
+    let (server, _) = served().await;
+    let mut held = Vec::new();
+    for which in 0..40 {
+        let mut stream = TcpStream::connect(server.health).await.unwrap();
+        if which % 2 == 0 {
+            let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: probe\r\n\r\n").await;
+        }
+        held.push(stream);
+    }
+    let began = Instant::now();
+    assert_eq!(server.probe("/healthz").await.0, 200);
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    // Neither one that has been answered nor one that asks nothing is kept.
+    for mut stream in held {
+        let _ = stream.read_to_end(&mut Vec::new()).await;
+    }
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
 }
 
 #[tokio::test]
@@ -204,6 +266,21 @@ async fn without_a_certificate_the_handshake_fails_and_nothing_else() {
     let tls = client::trusting(&Ca::new().pem(), &system_clock(), &["h2"]);
     assert!(client::connect(server.address, &tls).await.is_err());
     assert_eq!(server.probe("/healthz").await.0, 200);
+}
+
+#[tokio::test]
+async fn while_it_stops_connections_of_http_1_end_with_their_answer() {
+    let (server, tls) = served_by(&["http/1.1"]).await;
+    let mut stream = client::connect(server.address, &tls).await.unwrap();
+    server.stop();
+    until("it stops", async || server.app.metrics.draining.get() == 1).await;
+    let (began, body) = (Instant::now(), review("last").to_string());
+    let head = format!("POST /inject HTTP/1.1\r\nhost: {NAME}\r\ncontent-type: application/json\r\n");
+    stream.write_all(format!("{head}content-length: {}\r\n\r\n{body}", body.len()).as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("connection: close"), "{answer}");
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
 }
 
 #[tokio::test]

@@ -166,6 +166,39 @@ async fn what_the_bundle_trusted_before_is_kept_when_the_secret_was_emptied() {
     asked(&api, &late, &system_clock(), Duration::ZERO).await.unwrap();
 }
 
+/// `kubectl replace` of the manifests, or Argo CD's `Replace=true`.
+#[tokio::test]
+async fn secret_and_bundle_wiped_together_are_mended_without_an_interruption() {
+    let api = ApiServer::start().await;
+    let server = replica(&api, system_clock(), Periods::default()).await;
+    server.ready().await;
+    let (before, leaf) = (api.bundle(Duration::ZERO), server.app.certificates.loaded().unwrap());
+    api.replace_both(json!({}));
+    until("both CAs are in the bundle", async || {
+        let now = api.bundle(Duration::ZERO);
+        now.starts_with(&before) && now.matches("BEGIN CERTIFICATE").count() == 2
+    })
+    .await;
+    assert!(Arc::ptr_eq(&server.app.certificates.loaded().unwrap().key, &leaf.key));
+    asked(&api, &server, &system_clock(), Duration::ZERO).await.unwrap();
+    // One that comes now is served by the new CA, which is trusted as well.
+    let late = replica(&api, system_clock(), Periods::default()).await;
+    late.ready().await;
+    asked(&api, &late, &system_clock(), Duration::ZERO).await.unwrap();
+}
+
+/// The Secret is another's, such as one from a backup: the leaf's CA is in neither object.
+#[tokio::test]
+async fn a_leaf_that_nobody_trusts_is_replaced_at_once() {
+    let (api, other) = (ApiServer::start().await, ApiServer::start().await);
+    replica(&other, system_clock(), Periods::default()).await.ready().await;
+    let server = replica(&api, system_clock(), Periods::default()).await;
+    server.ready().await;
+    let data = other.state.lock().unwrap().secret.as_ref().unwrap()["data"].clone();
+    api.replace_both(data);
+    until("it is trusted", async || asked(&api, &server, &system_clock(), Duration::ZERO).await.is_ok()).await;
+}
+
 #[tokio::test]
 async fn while_the_api_server_fails_it_serves_on_and_says_so() {
     let api = ApiServer::start().await;
@@ -205,6 +238,32 @@ async fn without_its_secret_it_waits_and_another_content_is_left_alone() {
     api.state.lock().unwrap().secret = secret;
     server.ready().await;
     assert_eq!(server.app.metrics.certificate_problem.get(), 0);
+}
+
+/// As when a database has to come up at once, and where manifests are applied in waves.
+#[tokio::test]
+async fn without_its_configuration_it_is_ready_and_says_so() {
+    let api = ApiServer::start().await;
+    api.fail(Fault::Status(404), "GET /apis/admissionregistration.k8s.io");
+    let one = replica(&api, system_clock(), Periods::default()).await;
+    one.ready().await;
+    let other = replica(&api, system_clock(), Periods::default()).await;
+    other.ready().await;
+    for server in [&one, &other] {
+        until("it is told", async || server.app.metrics.certificate_problem.get() == 1).await;
+    }
+    // It comes, and trusts what is served.
+    api.fail(Fault::None, "");
+    for server in [&one, &other] {
+        until("it is well", async || server.app.metrics.certificate_problem.get() == 0).await;
+        asked(&api, server, &system_clock(), Duration::ZERO).await.unwrap();
+    }
+    assert_eq!(api.bundle(Duration::ZERO).matches("BEGIN CERTIFICATE").count(), 1);
+    // It goes, and one that comes meanwhile has a certificate of the same CA.
+    api.fail(Fault::Status(404), "GET /apis/admissionregistration.k8s.io");
+    let late = replica(&api, system_clock(), Periods::default()).await;
+    late.ready().await;
+    asked(&api, &late, &system_clock(), Duration::ZERO).await.unwrap();
 }
 
 #[tokio::test]

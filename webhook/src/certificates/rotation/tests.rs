@@ -33,6 +33,8 @@ struct World {
     bundle: String,
     bundle_version: u32,
     made: usize,
+    /// From when to when each CA that was ever made is valid.
+    validities: BTreeMap<String, Validity>,
     /// Since when each CA has been in the bundle without a break, on the true clock.
     in_bundle_since: BTreeMap<String, Timestamp>,
     /// How often the bundle changed.
@@ -48,6 +50,26 @@ impl World {
         self.bundle = bundle;
         self.bundle_version += 1;
         self.changes += 1;
+    }
+
+    /// What is valid of a bundle, without keys.
+    fn adopt(&self, bundle: &str, now: Timestamp) -> Vec<Authority> {
+        let certificates = bundle.split_inclusive('>').map(|certificate| Authority {
+            certificate: certificate.to_owned(),
+            key: None,
+            validity: self.validities[certificate],
+            published: Some(now),
+        });
+        certificates.filter(|authority| now <= authority.validity.not_after).collect()
+    }
+
+    /// The manifests were applied anew, with an empty Secret (and with an empty `caBundle`).
+    fn lose(&mut self, bundle_too: bool, now: Timestamp) {
+        self.secret.clear();
+        self.secret_version += 1;
+        if bundle_too {
+            self.set_bundle(String::new(), now);
+        }
     }
 }
 
@@ -69,8 +91,8 @@ impl Replica {
     fn act(&mut self, world: &mut World, true_now: Timestamp, periods: &Periods) -> bool {
         let Some((seen, bundle_version, mut authorities, secret_version)) = self.read.take() else { return false };
         let now = true_now + SignedDuration::from_secs(self.ahead);
-        let served = self.leaf.as_ref().is_some_and(|leaf| leaf.validity.holds_at(now));
-        if let Some(signer) = signer(&authorities, &seen, served, now, periods)
+        let served = self.leaf.as_ref().is_some_and(|leaf| leaf.serves(&authorities, &seen, now));
+        if let Some(signer) = signer(&authorities, Some(&seen), served, now, periods)
             && self.leaf.as_ref().is_none_or(|leaf| leaf.is_due(signer, now))
         {
             let validity = Validity { not_before: now - periods.backdate, not_after: now + periods.leaf };
@@ -85,7 +107,12 @@ impl Replica {
                 return false;
             }
             Step::Make => {
-                authorities.push(made(world.made, now, periods));
+                if authorities.is_empty() {
+                    authorities = adopted(&seen, self.leaf.as_ref(), now, 4, |bundle| world.adopt(bundle, now));
+                }
+                let made = made(world.made, now, periods);
+                world.validities.insert(made.certificate.clone(), made.validity);
+                authorities.push(made);
                 world.made += 1;
             }
             Step::Remove(oldest) => drop(authorities.drain(..oldest)),
@@ -193,21 +220,63 @@ fn a_bundle_that_was_emptied_is_set_again_and_nothing_else_changes() {
 fn what_was_trusted_before_the_secret_was_lost_stays_until_its_leaves_are_gone() {
     let (mut world, mut replica, periods) = (World::default(), Replica::default(), periods());
     replica.settle(&mut world, at(0), &periods);
-    // As the manager does: what is in the bundle is adopted without a key, and a new CA is made.
-    let mut old = world.secret.remove(0);
-    (old.key, old.published) = (None, Some(at(60)));
-    world.secret = vec![old, made(9, at(60), &periods)];
-    world.secret_version += 1;
+    world.lose(false, at(60));
     let mut last = String::new();
     for minute in 1..200 {
         let now = at(minute * 60);
         replica.settle(&mut world, now, &periods);
         let leaf = replica.leaf.as_ref().unwrap();
         assert!(world.bundle.contains(&leaf.authority), "{} {leaf:?}", world.bundle);
-        assert_eq!(leaf.authority, if minute < 11 { "<0>" } else { "<9>" }, "{minute}");
+        assert_eq!(leaf.authority, if minute < 11 { "<0>" } else { "<1>" }, "{minute}");
         last.clone_from(&world.bundle);
     }
-    assert_eq!(last, "<9>");
+    assert_eq!(last, "<1>");
+}
+
+/// At any time of a life, also while two replicas have leaves of two CAs.
+#[test]
+fn what_is_served_is_trusted_again_at_once_when_secret_and_bundle_were_lost_together() {
+    let periods = periods();
+    for lost in (1..1700).step_by(61).chain((795..890).step_by(3)) {
+        let (mut world, mut replicas) = (World::default(), [Replica::default(), Replica::default()]);
+        let mut leaves = [None, None];
+        for minute in 0..lost + 200 {
+            let now = at(minute * 60);
+            if minute == lost {
+                leaves = [0, 1].map(|which| replicas[which].leaf.clone());
+                world.lose(true, now);
+            }
+            for which in [0, 1] {
+                // The second one comes late.
+                if which == 0 || minute % 3 == 0 || minute >= lost {
+                    replicas[which].settle(&mut world, now, &periods);
+                }
+                let leaf = replicas[which].leaf.as_ref().unwrap();
+                if minute >= lost {
+                    assert!(leaf.validity.holds_at(now) && leaf.is_trusted(&world.bundle), "{lost} {minute} {which}");
+                }
+            }
+            // Nobody changes to a CA that API servers haven't noticed, but who has one that nobody adopted.
+            if minute == lost {
+                assert_eq!(replicas[0].leaf, leaves[0], "{lost}");
+                let same = leaves[0].as_ref().unwrap().authority == leaves[1].as_ref().unwrap().authority;
+                assert_eq!(replicas[1].leaf == leaves[1], same, "{lost}");
+            }
+        }
+        assert_eq!(world.bundle.matches('<').count(), 1, "{lost}: {}", world.bundle);
+    }
+}
+
+#[test]
+fn a_leaf_whose_ca_is_nowhere_is_of_no_use() {
+    let (periods, now) = (periods(), at(60));
+    let mut known = made(0, at(0), &periods);
+    known.published = Some(at(0));
+    let validity = Validity { not_before: at(0), not_after: at(3600) };
+    let leaf = Leaf { authority: "<1>".to_owned(), validity };
+    assert!(!leaf.serves(&[known.clone()], "<0>", now));
+    assert!(leaf.serves(&[known.clone()], "<0><1>", now) && leaf.serves(&[made(1, at(0), &periods)], "", now));
+    assert!(!leaf.serves(&[known], "<1>", at(3601)));
 }
 
 #[test]
@@ -229,9 +298,26 @@ fn an_expired_ca_does_not_sign_and_goes() {
     let mut old = made(0, at(0), &periods);
     old.published = Some(at(0));
     let late = at(0) + periods.authority + periods.margin;
-    assert_eq!(signer(&[old.clone()], "<0>", false, late, &periods), None);
+    assert_eq!(signer(&[old.clone()], Some("<0>"), false, late, &periods), None);
     assert_eq!(next(&[old.clone()], "<0>", late, &periods), Step::Make);
     assert_eq!(next(&[old, made(1, late, &periods)], "<0>", late, &periods), Step::Remove(1));
+}
+
+#[test]
+fn without_a_configuration_the_newest_signs_for_who_has_no_leaf() {
+    let (periods, now) = (periods(), at(0));
+    let (mut old, new) = (made(0, now, &periods), made(1, now, &periods));
+    let signed_by = |authorities: &[Authority], seen, served| {
+        signer(authorities, seen, served, now, &periods).map(|authority| authority.certificate.clone())
+    };
+    assert_eq!(signed_by(&[old.clone(), new.clone()], None, false), Some("<1>".to_owned()));
+    assert_eq!(signed_by(&[old.clone(), new.clone()], None, true), None);
+    assert_eq!(signed_by(&[old.clone(), new.clone()], Some(""), false), None);
+    // One that has been published for long signs on, whoever has a leaf.
+    old.published = Some(now - periods.propagation);
+    assert_eq!(signed_by(&[old.clone(), new.clone()], None, true), Some("<0>".to_owned()));
+    old.key = None;
+    assert_eq!(signed_by(&[old, new], None, false), Some("<1>".to_owned()));
 }
 
 /// What happens to two replicas in a minute.

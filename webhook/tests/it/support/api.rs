@@ -134,9 +134,17 @@ impl ApiServer {
 
     /// Sets it, as `kubectl apply` does.
     pub fn set_bundle(&self, bundle: &str) {
+        self.state.lock().unwrap().set_bundle(bundle);
+    }
+
+    /// Replaces the Secret's data and empties the `caBundle`, as replacing both objects does, with no pass in between.
+    pub fn replace_both(&self, data: Value) {
         let mut state = self.state.lock().unwrap();
-        let patch = json!({"webhooks": [{"name": WEBHOOK, "clientConfig": {"caBundle": STANDARD.encode(bundle)}}]});
-        state.patch(&patch);
+        let version = state.next_version();
+        let secret = state.secret.as_mut().unwrap();
+        secret["data"] = data;
+        secret["metadata"]["resourceVersion"] = version;
+        state.set_bundle("");
     }
 }
 
@@ -144,6 +152,11 @@ impl State {
     fn next_version(&mut self) -> Value {
         self.version += 1;
         self.version.to_string().into()
+    }
+
+    fn set_bundle(&mut self, bundle: &str) {
+        let entry = json!({"name": WEBHOOK, "clientConfig": {"caBundle": STANDARD.encode(bundle)}});
+        self.patch(&json!({"webhooks": [entry]}));
     }
 
     fn put(&mut self, object: Value) -> (StatusCode, Value) {
