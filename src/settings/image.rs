@@ -8,12 +8,16 @@ use std::{
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
 use super::ConnectionSettings;
 
 /// The superuser that the image makes where nothing is said.
 const SUPERUSER: &str = "postgres";
+
+/// Whether it's told already that the password's file can't be read.
+static UNREADABLE: Told = Told::new();
 
 /// What the image is told of its superuser.
 #[derive(Clone, Debug, Default)]
@@ -61,18 +65,23 @@ impl ImageEnvironment {
 }
 
 impl ImagePassword {
-    /// The password as it's now. One that can't be read is told and none: most often the server asks for none from
-    /// within its pod.
+    /// The password as it's now. One that can't be read is none, and told once: most often the server asks for none from
+    /// within its pod, and the file is in PostgreSQL's container alone, so that it would be told at each connection.
     pub fn read(&self) -> Option<String> {
         match self {
             ImagePassword::Variable => variable("POSTGRES_PASSWORD"),
             ImagePassword::File(path) => match content(path) {
-                Ok(password) => Some(password).filter(|password| !password.is_empty()),
+                Ok(password) => {
+                    UNREADABLE.over();
+                    Some(password).filter(|password| !password.is_empty())
+                }
                 Err(error) => {
-                    tracing::warn!(
-                        "the file that POSTGRES_PASSWORD_FILE names, {}, can't be read: {error}",
-                        path.display()
-                    );
+                    if UNREADABLE.is_new() {
+                        tracing::warn!(
+                            "the file that POSTGRES_PASSWORD_FILE names, {}, can't be read: {error}",
+                            path.display()
+                        );
+                    }
                     None
                 }
             },
@@ -84,6 +93,25 @@ impl ConnectionSettings {
     /// The password of the image's superuser, if this is a connection as that.
     pub fn image_password(&self) -> Option<String> {
         self.image_password.as_ref().and_then(ImagePassword::read)
+    }
+}
+
+/// A trouble that is told when it begins, and not again before it's over.
+struct Told(AtomicBool);
+
+impl Told {
+    const fn new() -> Told {
+        Told(AtomicBool::new(false))
+    }
+
+    /// There is the trouble: whether it's to be told.
+    fn is_new(&self) -> bool {
+        !self.0.swap(true, Relaxed)
+    }
+
+    /// There's none, or no longer.
+    fn over(&self) {
+        self.0.store(false, Relaxed);
     }
 }
 
@@ -130,5 +158,13 @@ mod tests {
             assert_eq!(password.read().as_deref(), read, "{content:?}");
         }
         assert_eq!(ImagePassword::File("/nonexistent".into()).read(), None);
+    }
+
+    #[test]
+    fn a_trouble_is_told_once_until_it_s_over() {
+        let trouble = Told::new();
+        assert_eq!([trouble.is_new(), trouble.is_new(), trouble.is_new()], [true, false, false]);
+        trouble.over();
+        assert_eq!([trouble.is_new(), trouble.is_new()], [true, false]);
     }
 }
