@@ -14,5 +14,10 @@ for package in $(sed -n 's/^members = \[\(.*\)\]/\1/p' Cargo.toml | tr -d '",');
     grep -Eq "for package in .*[ ]${package}[ ;]" Dockerfile || complain "the Dockerfile makes no stub of $package"
     grep -qxF "!${package%%/*}" .dockerignore || complain ".dockerignore keeps $package out"
 done
+# The first step has manifests and no sources: targets that are only looked for where they usually are would fail it.
+for manifest in Cargo.toml */Cargo.toml crates/*/Cargo.toml; do
+    awk '/^\[/ { if (target && !path) exit 1; target = /^\[\[/; path = 0 } /^path = / { path = 1 } END { if (target && !path) exit 1 }' "$manifest" ||
+        complain "$manifest has a test or bench without a path"
+done
 [[ $failed -eq 0 ]] && echo "Dockerfile ok"
 exit "$failed"
