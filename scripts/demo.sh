@@ -36,20 +36,6 @@ start() {
 }
 sql() { run psql -X -q -A -t -v ON_ERROR_STOP=1 -h "$WORK/$1" -d bench -c "$2"; }
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-free_port() {
-    local port
-    for _ in $(seq 100); do
-        port=$((20000 + RANDOM % 12000))
-        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || { echo "$port"; return; }
-    done
-    die "no free port found"
-}
-wait_until() {
-    local tries=$1
-    shift
-    for _ in $(seq "$tries"); do "$@" >/dev/null 2>&1 && return; sleep 0.1; done
-    die "this did not come true: $*"
-}
 
 mkdir "$WORK/bin" "$WORK/live" "$WORK/side"
 cp "$TARGET/pgsidecar" "$TARGET/pgsidecar-wal" "$WORK/bin/"

@@ -35,6 +35,23 @@ die() {
     exit 1
 }
 
+# free_port: a port of the loopback interface that nobody listens on, below those that the kernel gives out.
+free_port() {
+    local port
+    for _ in $(seq 100); do
+        port=$((20000 + RANDOM % 12000))
+        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || { echo "$port"; return; }
+    done
+    die "no free port found"
+}
+# wait_until TRIES COMMAND...: tries it ten times a second until it succeeds.
+wait_until() {
+    local tries=$1
+    shift
+    for _ in $(seq "$tries"); do "$@" >/dev/null 2>&1 && return; sleep 0.1; done
+    die "this did not come true: $*"
+}
+
 # need_root_or_explain WHAT COMMAND: returns for root, otherwise tells what to do and exits.
 need_root_or_explain() {
     [[ $EUID -eq 0 ]] && return

@@ -43,26 +43,6 @@ run() {
     if [[ $EUID -eq 0 ]]; then as_postgres env PATH="$BIN:$WORK/bin:/usr/bin:/bin" "$@"; else PATH="$BIN:$WORK/bin:$PATH" "$@"; fi
 }
 sql() { run psql -X -q -A -t -v ON_ERROR_STOP=1 -h "$WORK/$1" -d postgres -c "$2"; }
-free_port() {
-    local port
-    for _ in $(seq 100); do
-        port=$((20000 + RANDOM % 12000))
-        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || {
-            echo "$port"
-            return
-        }
-    done
-    die "no free port found"
-}
-wait_until() {
-    local tries=$1
-    shift
-    for _ in $(seq "$tries"); do
-        "$@" >/dev/null 2>&1 && return
-        sleep 0.1
-    done
-    die "this did not come true: $*"
-}
 
 # cgroup NAME: makes a memory cgroup with the limit; prints its folder, or nothing where none can be made.
 cgroup() {

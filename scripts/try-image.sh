@@ -34,20 +34,6 @@ trap cleanup EXIT
 
 # PostgreSQL refuses to run as root.
 as_server() { if [[ $EUID -eq 0 ]]; then as_postgres "$@"; else "$@"; fi; }
-free_port() {
-    local port
-    for _ in $(seq 100); do
-        port=$((20000 + RANDOM % 12000))
-        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || { echo "$port"; return; }
-    done
-    die "no free port found"
-}
-wait_until() {
-    local tries=$1
-    shift
-    for _ in $(seq "$tries"); do "$@" >/dev/null 2>&1 && return; sleep 0.1; done
-    die "this did not come true: $*"
-}
 
 # The volume is at /mnt, and is all that can be written to.
 SETTINGS=(TMPDIR=/mnt HOME=/mnt PGSIDECAR_REPOSITORY=file:///mnt/repository PGSIDECAR_CLUSTER=trial PGSIDECAR_CONTROL_SOCKET=/mnt/control.sock)

@@ -208,7 +208,6 @@ impl Resolver {
     }
 }
 
-/// A number within bounds.
 /// A number of bytes a second, as `--max-rate` takes it.
 ///
 /// # Errors
@@ -242,6 +241,7 @@ pub fn check_snapshot_timeout(timeout: Duration) -> Result<(), String> {
     fits.then_some(()).ok_or_else(|| format!("{timeout:?} is not between 1s and 1h"))
 }
 
+/// A number within bounds, these included.
 fn number_between<T>(low: T, high: T) -> impl FnOnce(&str) -> Result<T, String>
 where
     T: std::str::FromStr + PartialOrd + fmt::Display,
